@@ -1,0 +1,139 @@
+//! NVFP4 checkpoints of Hugging Face's form, mapped and never read as a whole: finds the experts
+//! of every MoE layer under the names that ModelOpt and `compressed-tensors` write, checks types,
+//! shapes and scales, and lends their bytes. Derives nothing: that is a device's part.
+
+mod config;
+mod error;
+mod layer;
+mod mapped;
+mod names;
+mod quantiser;
+mod tensors;
+
+use std::path::Path;
+
+pub use self::error::CheckpointError;
+
+use self::config::Config;
+use self::layer::LayerExperts;
+use self::tensors::{Files, Tensors};
+use crate::expert::RawExpert;
+use crate::problem::{ActFormat, LayerShape};
+
+/// One MoE layer of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MoeLayer {
+    /// The model's own number of the layer; dense layers leave gaps.
+    pub number: u32,
+    /// Its shape.
+    pub shape: LayerShape,
+    /// Largest `gate_proj.input_scale` of all experts; `None` where an expert has none.
+    pub in13: Option<f32>,
+}
+
+/// An open checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    name: String,
+    layers: Vec<MoeLayer>,
+    experts: Vec<LayerExperts>,
+    files: Files,
+}
+
+impl Checkpoint {
+    /// Opens the folder of a checkpoint: `config.json`, `model.safetensors` or the files of
+    /// `model.safetensors.index.json`, and `hf_quant_config.json` where ModelOpt wrote one.
+    ///
+    /// Reads headers and global scales. Afterwards no page of the weights is resident.
+    ///
+    /// # Errors
+    /// See [`CheckpointError`]; block scales are checked by [`Checkpoint::expert`].
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        let config = Config::read(folder)?;
+        let tensors = Tensors::open(folder)?;
+        let prefixes = names::expert_prefixes(&tensors)?;
+        // Scalars may lie anywhere: reading ahead of each would read much of the weights.
+        tensors.files.read_ahead(false)?;
+        let mut layers = Vec::with_capacity(config.layers.len());
+        let mut experts = Vec::with_capacity(config.layers.len());
+        for &number in &config.layers {
+            let Some(prefix) = prefixes.get(&number) else {
+                return Err(CheckpointError::MissingLayer { layer: number });
+            };
+            let resolved = LayerExperts::resolve(&tensors, prefix, &config)?;
+            layers.push(MoeLayer { number, shape: config.shape, in13: resolved.in13() });
+            experts.push(resolved);
+        }
+        let files = tensors.files;
+        files.read_ahead(true)?;
+        files.release_all()?;
+        Ok(Self { name: folder_name(folder), layers, experts, files })
+    }
+
+    /// Last component of the folder's path.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The MoE layers, ascending by number.
+    #[must_use]
+    pub fn layers(&self) -> &[MoeLayer] {
+        &self.layers
+    }
+
+    /// One expert of the layer at `position` of [`Checkpoint::layers`], borrowed from the mapping.
+    /// Reads its block scales from disk, and nothing else.
+    ///
+    /// # Errors
+    /// [`CheckpointError::BlockScale`] for a scale that is NaN or negative,
+    /// [`CheckpointError::OutOfRange`].
+    pub fn expert(&self, position: usize, expert: u32) -> Result<RawExpert<'_>, CheckpointError> {
+        let layer = self.layer(position)?;
+        layer.expert(&self.files, expert).unwrap_or_else(|| {
+            let count = self.layers[position].shape.experts as usize;
+            Err(CheckpointError::OutOfRange { what: "expert", value: expert as usize, count })
+        })
+    }
+
+    /// Whether every layer has the scales that `act` needs.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoInputScales`], with every absent tensor of every expert.
+    pub fn check_act(&self, act: ActFormat) -> Result<(), CheckpointError> {
+        if act == ActFormat::Bf16 {
+            return Ok(());
+        }
+        let tensors: Vec<String> =
+            self.experts.iter().flat_map(LayerExperts::absent_input_scales).collect();
+        if tensors.is_empty() { Ok(()) } else { Err(CheckpointError::NoInputScales { tensors }) }
+    }
+
+    /// Gives the resident pages of the layer at `position` back to the system; they are read from
+    /// the files again when next looked at.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutOfRange`], [`CheckpointError::Io`].
+    pub fn release(&self, position: usize) -> Result<(), CheckpointError> {
+        self.layer(position)?.release(&self.files)
+    }
+
+    fn layer(&self, position: usize) -> Result<&LayerExperts, CheckpointError> {
+        let count = self.experts.len();
+        let absent = CheckpointError::OutOfRange { what: "layer position", value: position, count };
+        self.experts.get(position).ok_or(absent)
+    }
+}
+
+fn folder_name(folder: &Path) -> String {
+    // Paths such as `.` have no last component of their own.
+    let whole = match folder.file_name() {
+        Some(_) => folder.to_owned(),
+        None => folder.canonicalize().unwrap_or_else(|_| folder.to_owned()),
+    };
+    let name = whole.file_name().unwrap_or(whole.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests;

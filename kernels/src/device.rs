@@ -1,0 +1,172 @@
+//! What every device that serves a rank offers: layers to load, calls to run. What a call computes,
+//! step by step:
+//!
+//! ```text
+//! dispatch   check ids and weights; act=nvfp4: quantise each token once, g = 1 / in13
+//! FC1        G = fc1_alpha x sum(x w_gate), U = fc1_alpha x sum(x w_up), fp32, an alpha each
+//! activate   problem::Swiglu, fp32; weights_in=fc1: times the token's weight
+//!            act=bf16: round to bf16; act=nvfp4: quantise along i, g = 1 / in2[e]
+//! FC2        z = bf16(fc2_alpha x sum(y w_down)), one term for each (token, k)
+//! combine    bf16(sum over k in order, fp32, of z_k); weights_in=combine: of z_k x weight_k
+//! ```
+//!
+//! The order of accumulation depends on shape and tactic only: the bits of a token's output do not
+//! depend on what shares its batch.
+
+use std::io;
+
+use crate::checkpoint::CheckpointError;
+use crate::cpu::Why;
+use crate::memory::SharedMemory;
+use crate::problem::{Form, TOP_K_MAX};
+
+/// Where the tensors of a call lie in a buffer that engine and device share, in bytes from its
+/// start: hidden states bf16 `[T, h]`, expert ids i32 `[T, k]`, their weights f32 `[T, k]`, and the
+/// output bf16 `[T, h]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CallOffsets {
+    /// Hidden states.
+    pub hidden: u64,
+    /// Expert ids; -1 is no expert.
+    pub topk_ids: u64,
+    /// Weights.
+    pub topk_weights: u64,
+    /// Output.
+    pub output: u64,
+}
+
+/// One call of one layer.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerCall<'a> {
+    /// The model's number of the layer.
+    pub layer: u32,
+    /// Rows (T); 0 is an ordinary call.
+    pub tokens: u32,
+    /// Experts of a token (k), 1 to [`TOP_K_MAX`].
+    pub top_k: u32,
+    /// How it is computed.
+    pub form: Form,
+    /// Where input is read and output is written.
+    pub buffer: &'a SharedMemory,
+    /// Where in it.
+    pub offsets: CallOffsets,
+}
+
+/// A call that cannot be answered; nothing was written to its output.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum CallError {
+    /// A layer that the device does not have.
+    #[error("layer {layer} is not served, expected one of {served:?}")]
+    Layer {
+        /// The layer asked for.
+        layer: u32,
+        /// Those that are served.
+        served: Vec<u32>,
+    },
+    /// k outside of what a device takes.
+    #[error("top_k is {top_k}, expected 1 to {TOP_K_MAX}")]
+    TopK {
+        /// The value.
+        top_k: u32,
+    },
+    /// An expert id that is neither -1 nor an expert of the layer.
+    #[error("expert id {id} of token {token} at place {place}, expected -1 or 0 to {last}")]
+    ExpertId {
+        /// Row.
+        token: u32,
+        /// Place among the row's experts.
+        place: u32,
+        /// The id.
+        id: i32,
+        /// Largest id there is.
+        last: u32,
+    },
+    /// One expert twice in a row: its two terms would be one expert's vote counted twice.
+    #[error("token {token} has expert {id} at places {first} and {second}, expected it once")]
+    DuplicateExpert {
+        /// Row.
+        token: u32,
+        /// The id.
+        id: i32,
+        /// Earlier place.
+        first: u32,
+        /// Later place.
+        second: u32,
+    },
+    /// A weight that is no number, at a place that has an expert.
+    #[error("weight of token {token} at place {place} is {weight}, expected a finite number")]
+    Weight {
+        /// Row.
+        token: u32,
+        /// Place among the row's experts.
+        place: u32,
+        /// The weight.
+        weight: f32,
+    },
+    /// `act=nvfp4` on a layer whose checkpoint has no scales of activations.
+    #[error("layer {layer} has experts without input_scale, expected act=bf16")]
+    NoInputScale {
+        /// The layer.
+        layer: u32,
+    },
+}
+
+/// A device that cannot be made, or that cannot take a layer.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Memory that the system refused.
+    #[error("{bytes} bytes for {what} were refused")]
+    Memory {
+        /// What they are for.
+        what: &'static str,
+        /// How many.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Threads that the system refused.
+    #[error("{threads} threads cannot be started (0 is one for each core)")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// Why.
+        #[source]
+        source: rayon::ThreadPoolBuildError,
+    },
+    /// A tactic that cannot run a layer here.
+    #[error("tactic {tactic} cannot run")]
+    Tactic {
+        /// Its name.
+        tactic: String,
+        /// Why.
+        #[source]
+        why: Why,
+    },
+}
+
+/// A layer that cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Its experts are refused.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The device refuses it.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// A rank's device.
+pub trait Device: Send {
+    /// The device in words, for logs.
+    fn describe(&self) -> String;
+
+    /// Runs one call: reads ids, weights and hidden states from its buffer, writes the output.
+    ///
+    /// The engine must not touch the buffer meanwhile; if it does, its own output is garbage and
+    /// nothing else.
+    ///
+    /// # Errors
+    /// See [`CallError`]; the device serves on.
+    fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError>;
+}

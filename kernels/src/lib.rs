@@ -1,0 +1,17 @@
+//! Numerics, checkpoints and devices of an NVFP4 Mixture-of-Experts layer. A leaf: it depends on no
+//! other crate of the workspace, and is where `unsafe` lives (`checkpoint/mapped.rs`, `memory.rs`,
+//! `cpu/simd.rs`). No sockets, no async.
+#![warn(missing_docs)]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "numerics: narrowing conversions are the subject of this crate"
+)]
+
+pub mod checkpoint;
+pub mod cpu;
+pub mod device;
+pub mod expert;
+pub mod memory;
+pub mod numeric;
+pub mod problem;

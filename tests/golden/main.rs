@@ -1,0 +1,83 @@
+//! The golden cases: the reference against them, and the CPU device on every instruction set that
+//! this processor has.
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+use std::path::{Path, PathBuf};
+
+use kernels::checkpoint::Checkpoint;
+use kernels::cpu::{CpuDevice, CpuOptions, Isa};
+use reference::compare::Comparison;
+use reference::layer::{Variant, layer_outputs, quantised_tokens};
+use reference::model::Model;
+use tests::case::{Case, find};
+use tests::in_process::call;
+
+/// Case folders that the repository has.
+const CASES: usize = 17;
+
+fn data(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("data").join(path)
+}
+
+fn cases() -> Vec<Case> {
+    let found = find(&data("moe-golden")).unwrap();
+    assert_eq!(found.len(), CASES);
+    found.iter().map(|dir| Case::open(dir).unwrap()).collect()
+}
+
+/// The reference must land far inside of the tolerances, or nothing that is compared with it means
+/// much.
+#[test]
+fn the_reference_agrees_with_every_case() {
+    for case in cases() {
+        let model = Model::open(&case.dir).unwrap();
+        let outputs = layer_outputs(&model, 0, &case.inputs, &Variant::ALL).unwrap();
+        for (variant, output) in Variant::ALL.into_iter().zip(outputs) {
+            let comparison = Comparison::new(&output, &case.expected(variant).unwrap());
+            let close = comparison.relative_error <= 1e-4 && comparison.share == 1.0;
+            assert!(close, "{} {variant} {comparison}", case.dir.display());
+        }
+    }
+}
+
+#[test]
+fn the_reference_quantises_tokens_to_the_recorded_bytes() {
+    let mut compared = 0;
+    for case in cases() {
+        let Some(recorded) = case.quantised().unwrap() else { continue };
+        let in13 = Model::open(&case.dir).unwrap().in13(0).unwrap();
+        assert!(quantised_tokens(&case.inputs, in13) == recorded, "{}", case.dir.display());
+        compared += 1;
+    }
+    assert_eq!(compared, 15);
+}
+
+/// 17 cases, two formats, two places, on each instruction set; all of them answer the same bits.
+#[test]
+fn the_cpu_device_agrees_with_every_case() {
+    let mut passes = 0;
+    for case in cases() {
+        let checkpoint = Checkpoint::open(&case.dir).unwrap();
+        let devices = Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| {
+            let options = CpuOptions { isa: Some(isa), ..CpuOptions::default() };
+            CpuDevice::with_checkpoint(options, &checkpoint).unwrap()
+        });
+        let mut devices: Vec<CpuDevice> = devices.collect();
+        for variant in Variant::ALL {
+            let expected = case.expected(variant).unwrap();
+            let mut first = None;
+            for device in &mut devices {
+                let output = call(device, 0, variant, &case.inputs).unwrap();
+                let comparison = Comparison::new(&output, &expected);
+                assert!(
+                    comparison.passes(variant),
+                    "{} {variant} {comparison}",
+                    case.dir.display()
+                );
+                assert!(*first.get_or_insert(output.clone()) == output, "instruction sets differ");
+            }
+            passes += 1;
+        }
+    }
+    assert_eq!(passes, 4 * CASES);
+}

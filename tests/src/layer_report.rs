@@ -1,0 +1,37 @@
+//! `layer-report DIR`: what quantisation costs. Recorded activations of a model run through its NVFP4
+//! layers, and the outputs compared with those that the unquantised model gave.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use kernels::checkpoint::Checkpoint;
+use kernels::cpu::{CpuDevice, CpuOptions};
+use reference::compare::Comparison;
+use reference::layer::Variant;
+use tests::in_process;
+use tests::recorded::Recorded;
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Folder with model-nvfp4/ and recorded.safetensors, of the form of tests/data/tiny-kjv-moe.
+    dir: PathBuf,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let recorded = Recorded::open(&options.dir.join("recorded.safetensors"))?;
+    let checkpoint = Checkpoint::open(&options.dir.join("model-nvfp4"))?;
+    let mut device = CpuDevice::with_checkpoint(CpuOptions::default(), &checkpoint)?;
+    println!("relative difference from the unquantised model's MoE output");
+    println!("layer  tokens  act=bf16  act=nvfp4");
+    for layer in recorded.layers()? {
+        let mut differences = Vec::new();
+        for nvfp4 in [false, true] {
+            let variant = Variant { nvfp4, weights_in_combine: false };
+            let output = in_process::call(&mut device, layer.number, variant, &layer.inputs)?;
+            differences.push(Comparison::new(&output, &layer.unquantised).relative_error);
+        }
+        let (number, tokens) = (layer.number, layer.inputs.tokens());
+        println!("{number:>5}  {tokens:>6}  {:>8.4}  {:>9.4}", differences[0], differences[1]);
+    }
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! Commands that compare devices with expected outputs.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
+
+mod check_cases;
+mod layer_report;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Compares MoE layers with expected outputs.
+#[derive(Parser)]
+#[command(name = "moeplane-cases")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
+    CheckCases(check_cases::Options),
+    /// How far each layer of a checkpoint is from the unquantised model's recorded outputs.
+    LayerReport(layer_report::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::CheckCases(options) => check_cases::run(&options),
+        Command::LayerReport(options) => layer_report::run(&options).map(|()| true),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Building our programs, and finding what was built.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+/// The repository's root.
+pub(crate) fn root() -> &'static Path {
+    let crate_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    crate_dir.ancestors().nth(2).unwrap_or(crate_dir)
+}
+
+/// A call of cargo in the repository's root.
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(root()).args(arguments);
+    command
+}
+
+/// Builds every program of the workspace and returns the path of one.
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
+    let status = cargo(&["build", "--quiet", "--workspace", "--exclude", "xtask"]).status()?;
+    ensure!(status.success(), "the programs could not be built");
+    Ok(target()?.join("debug").join(name))
+}
+
+/// The target folder that cargo uses here.
+pub(crate) fn target() -> Result<PathBuf> {
+    let output = cargo(&["metadata", "--format-version=1", "--no-deps", "--offline"]).output()?;
+    ensure!(output.status.success(), "cargo metadata failed");
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let target = metadata["target_directory"].as_str();
+    Ok(target.context("cargo metadata names no target folder")?.into())
+}
+
+/// Deletes our own programs from the target folder, so that none of an earlier commit is run.
+pub(crate) fn delete_programs() -> Result<()> {
+    let folder = target()?.join("debug");
+    let Ok(entries) = fs::read_dir(&folder) else { return Ok(()) };
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("moeplane-") && path.is_file() {
+            fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
