@@ -9,8 +9,8 @@ use kernels::cpu::{CpuDevice, CpuOptions, Isa};
 use reference::compare::Comparison;
 use reference::layer::{Variant, layer_outputs, quantised_tokens};
 use reference::model::Model;
+use tests::call::in_process;
 use tests::case::{Case, find};
-use tests::in_process::call;
 
 /// Case folders that the repository has.
 const CASES: usize = 17;
@@ -67,7 +67,7 @@ fn the_cpu_device_agrees_with_every_case() {
             let expected = case.expected(variant).unwrap();
             let mut first = None;
             for device in &mut devices {
-                let output = call(device, 0, variant, &case.inputs).unwrap();
+                let output = in_process(device, 0, variant, &case.inputs).unwrap();
                 let comparison = Comparison::new(&output, &expected);
                 assert!(
                     comparison.passes(variant),

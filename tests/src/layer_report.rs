@@ -1,6 +1,7 @@
 //! `layer-report DIR`: what quantisation costs. Recorded activations of a model run through its NVFP4
 //! layers, and the outputs compared with those that the unquantised model gave.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -8,7 +9,7 @@ use kernels::checkpoint::Checkpoint;
 use kernels::cpu::{CpuDevice, CpuOptions};
 use reference::compare::Comparison;
 use reference::layer::Variant;
-use tests::in_process;
+use tests::call::in_process;
 use tests::recorded::Recorded;
 
 #[derive(clap::Args)]
@@ -21,17 +22,22 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let recorded = Recorded::open(&options.dir.join("recorded.safetensors"))?;
     let checkpoint = Checkpoint::open(&options.dir.join("model-nvfp4"))?;
     let mut device = CpuDevice::with_checkpoint(CpuOptions::default(), &checkpoint)?;
-    println!("relative difference from the unquantised model's MoE output");
-    println!("layer  tokens  act=bf16  act=nvfp4");
+    let mut out = io::stdout();
+    writeln!(out, "relative difference from the unquantised model's MoE output")?;
+    writeln!(out, "layer  tokens  act=bf16  act=nvfp4")?;
     for layer in recorded.layers()? {
         let mut differences = Vec::new();
         for nvfp4 in [false, true] {
             let variant = Variant { nvfp4, weights_in_combine: false };
-            let output = in_process::call(&mut device, layer.number, variant, &layer.inputs)?;
+            let output = in_process(&mut device, layer.number, variant, &layer.inputs)?;
             differences.push(Comparison::new(&output, &layer.unquantised).relative_error);
         }
         let (number, tokens) = (layer.number, layer.inputs.tokens());
-        println!("{number:>5}  {tokens:>6}  {:>8.4}  {:>9.4}", differences[0], differences[1]);
+        writeln!(
+            out,
+            "{number:>5}  {tokens:>6}  {:>8.4}  {:>9.4}",
+            differences[0], differences[1]
+        )?;
     }
     Ok(())
 }

@@ -1,5 +1,9 @@
-//! What the commands over the reference share: case folders, and ways to run a call.
+//! What the commands over the reference share: case folders, recordings, worker processes, and ways
+//! to run a call.
 
+pub mod call;
 pub mod case;
-pub mod in_process;
 pub mod recorded;
+pub mod replay;
+pub mod rewrite;
+pub mod worker_process;

@@ -1,7 +1,8 @@
 //! Commands that compare devices with expected outputs.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
+#![expect(clippy::print_stderr, reason = "a command line program")]
 
 mod check_cases;
+mod demo;
 mod layer_report;
 
 use std::process::ExitCode;
@@ -20,6 +21,8 @@ struct Arguments {
 enum Command {
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     CheckCases(check_cases::Options),
+    /// Serves the small trained checkpoint, replays real activations and verifies every answer.
+    Demo(demo::Options),
     /// How far each layer of a checkpoint is from the unquantised model's recorded outputs.
     LayerReport(layer_report::Options),
 }
@@ -27,6 +30,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::CheckCases(options) => check_cases::run(&options),
+        Command::Demo(options) => demo::run(&options).map(|()| true),
         Command::LayerReport(options) => layer_report::run(&options).map(|()| true),
     };
     match result {

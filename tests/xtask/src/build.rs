@@ -3,7 +3,7 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -22,10 +22,27 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
-/// Builds every program of the workspace and returns the path of one.
+/// Whether nextest is installed; `cargo test` does without.
+pub(crate) fn has_nextest() -> bool {
+    let mut version = cargo(&["nextest", "--version"]);
+    let status = version.stderr(Stdio::null()).stdout(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// What builds every program that tests and commands start.
+pub(crate) fn build_programs() -> Command {
+    cargo(&["build", "--quiet", "--workspace", "--bins", "--locked", "--exclude", "xtask"])
+}
+
+/// Builds every program of the workspace.
+pub(crate) fn programs() -> Result<()> {
+    ensure!(build_programs().status()?.success(), "the programs could not be built");
+    Ok(())
+}
+
+/// Builds every program and returns the path of one.
 pub(crate) fn program(name: &str) -> Result<PathBuf> {
-    let status = cargo(&["build", "--quiet", "--workspace", "--exclude", "xtask"]).status()?;
-    ensure!(status.success(), "the programs could not be built");
+    programs()?;
     Ok(target()?.join("debug").join(name))
 }
 

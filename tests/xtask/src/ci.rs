@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::build::{cargo, delete_programs};
+use crate::build::{build_programs, cargo, delete_programs, has_nextest, root, target};
 
 /// Checks and tests that passed and failed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub(crate) fn run() -> Result<bool> {
     let mut total = Tally::default();
     let mut report = Vec::new();
     let mut all_passed = true;
-    for (name, command) in steps() {
+    for (name, command) in steps()? {
         println!("== {name}");
         let started = Instant::now();
         let (success, tests) = watch(command).with_context(|| name.to_owned())?;
@@ -58,18 +58,20 @@ pub(crate) fn run() -> Result<bool> {
     Ok(all_passed)
 }
 
-fn steps() -> Vec<(&'static str, Command)> {
+fn steps() -> Result<Vec<(&'static str, Command)>> {
     let mut clippy = cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--locked"]);
     clippy.args(["--", "--deny", "warnings"]);
-    let nextest =
-        cargo(&["nextest", "--version"]).stderr(Stdio::null()).stdout(Stdio::null()).status();
-    let runner: &[&str] = match nextest {
-        Ok(status) if status.success() => &["nextest", "run"],
-        _ => &["test"],
-    };
-    let mut tests = cargo(runner);
+    let mut tests = if has_nextest() { cargo(&["nextest", "run"]) } else { cargo(&["test"]) };
     tests.args(["--workspace", "--locked"]);
-    vec![("format", cargo(&["fmt", "--all", "--check"])), ("clippy", clippy), ("tests", tests)]
+    let mut demo = Command::new(target()?.join("debug/moeplane-cases"));
+    demo.args(["demo", "--once"]).arg(root().join("tests/data/tiny-kjv-moe"));
+    Ok(vec![
+        ("format", cargo(&["fmt", "--all", "--check"])),
+        ("clippy", clippy),
+        ("build", build_programs()),
+        ("tests", tests),
+        ("demo", demo),
+    ])
 }
 
 /// Runs a command, passes its output on and counts the tests that it reports.

@@ -22,6 +22,16 @@ struct Arguments {
 enum Command {
     /// Everything that must hold before a merge; ends with the line "N passed, N failed".
     Ci,
+    /// Serves a small trained model with one worker, replays real activations and verifies every
+    /// answer; `--once` for a short run.
+    #[command(disable_help_flag = true)]
+    Demo(Rest),
+    /// The end-to-end tests; with `--stress N` each of them N times.
+    E2e {
+        /// Rounds.
+        #[arg(long, default_value_t = 1)]
+        stress: u32,
+    },
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     #[command(disable_help_flag = true)]
     CheckCases(Rest),
@@ -51,12 +61,33 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<bool> {
     match command {
         Command::Ci => ci::run(),
+        Command::Demo(Rest { mut arguments }) => {
+            arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
+            cases("demo", arguments)
+        }
+        Command::E2e { stress } => e2e(stress),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),
         Command::LayerReport => {
             let data = build::root().join("tests/data/tiny-kjv-moe");
             cases("layer-report", vec![data.into_os_string()])
         }
     }
+}
+
+/// Runs the end-to-end tests until one fails.
+fn e2e(rounds: u32) -> Result<bool> {
+    build::programs()?;
+    let only = ["--package", "tests", "--test", "e2e"];
+    if build::has_nextest() {
+        let mut tests = build::cargo(&["nextest", "run", "--stress-count", &rounds.to_string()]);
+        return Ok(tests.args(only).status()?.success());
+    }
+    for _ in 0..rounds {
+        if !build::cargo(&["test"]).args(only).status()?.success() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Builds and runs a command of the crate `tests`.

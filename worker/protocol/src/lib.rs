@@ -1,0 +1,25 @@
+//! What engines and workers say to each other over a Unix socket, and the client that an engine
+//! links. A leaf: it depends on no other crate of the workspace and does no arithmetic on tensors,
+//! which cross in shared memory. `unsafe` lives in `buffer.rs` alone.
+//!
+//! ```text
+//! engine                                   worker
+//!   Hello {client, features}       ->
+//!                                  <-      Welcome {worker, model, features}
+//!   Attach {act, weights_in, ...}  ->
+//!                                  <-      Attached {layers, layout} + descriptor of the buffer
+//!   (writes hidden states, ids, weights into the buffer)
+//!   Call {layer, tokens, ...} seq  ->
+//!                                  <-      Done seq        (the output is in the buffer)
+//!                                  or      Refused seq {code, values}
+//! ```
+//!
+//! A refusal costs the frame that it answers and nothing else; see [`refusal::Refusal`].
+#![warn(missing_docs)]
+
+pub mod buffer;
+pub mod client;
+pub mod frame;
+pub mod message;
+pub mod refusal;
+pub mod stream;

@@ -1,0 +1,147 @@
+//! Why a worker refuses a frame: a closed list, each with its values, for programs as JSON with a
+//! stable `code`, for people as a sentence.
+
+use serde::{Deserialize, Serialize};
+
+/// A refused frame. Unless it says otherwise, the connection lives, nothing was written to the
+/// output, and the next frame is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "code", rename_all = "snake_case")]
+pub enum Refusal {
+    /// Not this protocol; the worker closes the connection.
+    #[error("a frame begins with {got:?}, expected \"moep\"")]
+    Magic {
+        /// The first bytes.
+        got: String,
+    },
+    /// Another version.
+    #[error("a frame has version {got}, expected {expected}")]
+    Version {
+        /// The frame's.
+        got: u16,
+        /// The worker's.
+        expected: u16,
+    },
+    /// A kind that the version does not have, or that engines do not send.
+    #[error("a frame has kind {got}, which engines do not send")]
+    FrameKind {
+        /// Its code.
+        got: u16,
+    },
+    /// A body that is too long.
+    #[error("a frame announces {got} bytes, expected at most {max}")]
+    FrameLength {
+        /// Bytes announced.
+        got: u32,
+        /// Most that are taken.
+        max: u32,
+    },
+    /// A body that its kind does not have.
+    #[error("the body of a {kind} frame is malformed: {reason}")]
+    Body {
+        /// The frame.
+        kind: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A frame at the wrong time.
+    #[error("a {got} frame came, expected {expected}")]
+    Order {
+        /// The frame.
+        got: String,
+        /// What may come now.
+        expected: String,
+    },
+    /// A call out of sequence.
+    #[error("a call has sequence number {got}, expected {expected}")]
+    Sequence {
+        /// The frame's.
+        got: u64,
+        /// The next one.
+        expected: u64,
+    },
+    /// A call that came before the one before it was answered.
+    #[error("busy: {in_flight} call in flight, expected its answer to be awaited")]
+    Busy {
+        /// Calls of this engine that run.
+        in_flight: u32,
+    },
+    /// As many engines as the worker takes are connected; it closes the connection.
+    #[error("busy: {connections} engines are connected, which is the most there can be")]
+    Connections {
+        /// Engines connected.
+        connections: u32,
+    },
+    /// More tokens than the worker or the attachment takes.
+    #[error("{tokens} tokens, expected {min} to {max}")]
+    Tokens {
+        /// Tokens asked for.
+        tokens: u32,
+        /// Fewest.
+        min: u32,
+        /// Most.
+        max: u32,
+    },
+    /// k outside of what a call may have.
+    #[error("top_k is {top_k}, expected 1 to {max}")]
+    TopK {
+        /// The value.
+        top_k: u32,
+        /// Most.
+        max: u32,
+    },
+    /// A layer that is not served.
+    #[error("layer {layer} is not served, expected one of {served:?}")]
+    Layer {
+        /// The layer.
+        layer: u32,
+        /// Those that are.
+        served: Vec<u32>,
+    },
+    /// An expert id that is neither -1 nor an expert of the layer.
+    #[error("expert id {id} of token {token} at place {place}, expected -1 or 0 to {last}")]
+    ExpertId {
+        /// Row.
+        token: u32,
+        /// Place among its experts.
+        place: u32,
+        /// The id.
+        id: i32,
+        /// Largest there is.
+        last: u32,
+    },
+    /// One expert twice in a row.
+    #[error("token {token} has expert {id} at places {first} and {second}, expected it once")]
+    DuplicateExpert {
+        /// Row.
+        token: u32,
+        /// The expert.
+        id: i32,
+        /// Earlier place.
+        first: u32,
+        /// Later place.
+        second: u32,
+    },
+    /// A weight that is no number.
+    #[error("weight of token {token} at place {place} is {weight}, expected a finite number")]
+    Weight {
+        /// Row.
+        token: u32,
+        /// Place among its experts.
+        place: u32,
+        /// The weight, as text: JSON has no NaN.
+        weight: String,
+    },
+    /// `act=nvfp4` on a checkpoint whose experts lack scales of activations.
+    #[error("{reason}")]
+    NoInputScale {
+        /// Names every absent tensor.
+        reason: String,
+    },
+    /// Memory that the system refused the worker.
+    #[error("{reason}")]
+    Memory {
+        /// How much, for what, and why not.
+        reason: String,
+    },
+}

@@ -1,0 +1,43 @@
+//! What a device's refusal of a call means to an engine.
+
+use kernels::device::CallError;
+use kernels::problem::TOP_K_MAX;
+use protocol::refusal::Refusal;
+
+/// The words of the protocol for a device's error.
+pub(crate) fn refusal(error: CallError) -> Refusal {
+    match error {
+        CallError::Layer { layer, served } => Refusal::Layer { layer, served },
+        CallError::TopK { top_k } => Refusal::TopK { top_k, max: TOP_K_MAX },
+        CallError::ExpertId { token, place, id, last } => {
+            Refusal::ExpertId { token, place, id, last }
+        }
+        CallError::DuplicateExpert { token, id, first, second } => {
+            Refusal::DuplicateExpert { token, id, first, second }
+        }
+        CallError::Weight { token, place, weight } => {
+            Refusal::Weight { token, place, weight: weight.to_string() }
+        }
+        CallError::NoInputScale { .. } => Refusal::NoInputScale { reason: error.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_are_those_of_the_device() {
+        let errors = [
+            CallError::Layer { layer: 9, served: vec![0, 1] },
+            CallError::TopK { top_k: 17 },
+            CallError::ExpertId { token: 1, place: 2, id: -7, last: 31 },
+            CallError::DuplicateExpert { token: 1, id: 4, first: 0, second: 3 },
+            CallError::Weight { token: 5, place: 1, weight: f32::NAN },
+            CallError::NoInputScale { layer: 3 },
+        ];
+        for error in errors {
+            assert_eq!(refusal(error.clone()).to_string(), error.to_string());
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The daemon that owns one rank's device and serves its engine. Contains no `unsafe`, no SQL, no
+//! HTTP server and no wasm.
+#![forbid(unsafe_code)]
+
+pub mod config;
+mod connection;
+mod failure;
+pub mod limits;
+mod model;
+mod rank;
+mod socket;
+
+pub use self::rank::{Rank, StartError};

@@ -1,0 +1,16 @@
+//! Every limit of the worker, and why it is what it is.
+
+/// Engines that may be connected at once. One rank serves one engine and those that look at it; the
+/// rest are lost clients.
+pub const CONNECTIONS_MAX: u32 = 64;
+
+/// Most tokens that a call may be configured to have. With the widest layers there are (16,384), the
+/// two tensors of a buffer take 4 GiB.
+pub const TOKENS_MAX: u32 = 65_536;
+
+/// Tokens of a call unless configured: a prefill chunk of today's engines.
+pub const TOKENS_DEFAULT: u32 = 8_192;
+
+/// Bytes of answers that an engine may leave unread before it is dropped: some thousand refusals,
+/// or one that names every tensor of a checkpoint.
+pub const UNREAD_BYTES_MAX: usize = 32 << 20;

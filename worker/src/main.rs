@@ -1,0 +1,155 @@
+//! `moeplane-worker`: the command line of the worker daemon.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stderr, reason = "commands answer on the terminal")]
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use kernels::cpu::Isa;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::low_level::pipe;
+use tracing_subscriber::EnvFilter;
+use worker::Rank;
+use worker::config::{
+    Config, ConfigError, DeviceSettings, EngineSettings, LogConfig, LogFormat, LogSettings,
+    Settings,
+};
+
+/// Exit code of a configuration that cannot be used (sysexits' EX_USAGE).
+const BAD_CONFIG: u8 = 64;
+
+#[derive(Parser)]
+#[command(name = "moeplane-worker", version, about = "Serves the MoE layers of a model")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Loads a model and serves calls until SIGTERM or SIGINT.
+    Run {
+        #[command(flatten)]
+        options: Options,
+        /// End when the process that started this one does, however that ends.
+        #[arg(long)]
+        exit_with_parent: bool,
+    },
+    /// Prints the configuration with every default filled in.
+    Config(Options),
+}
+
+/// Each takes the place of a value of the file.
+#[derive(clap::Args)]
+struct Options {
+    /// The configuration, TOML.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Folder of the checkpoint.
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Path of the socket for engines.
+    #[arg(long)]
+    socket: Option<PathBuf>,
+    /// Most tokens of a call.
+    #[arg(long)]
+    max_tokens: Option<u32>,
+    /// Threads of the CPU device; 0 takes one for each core.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Instructions of the CPU device: scalar, avx2 or avx512; the fastest otherwise.
+    #[arg(long)]
+    isa: Option<Isa>,
+    /// One tactic for every call, such as avx512-t12-p256.
+    #[arg(long)]
+    tactic: Option<String>,
+    /// What is logged, such as info or worker=debug.
+    #[arg(long)]
+    log: Option<String>,
+    /// Log lines of JSON.
+    #[arg(long)]
+    log_json: bool,
+}
+
+impl Options {
+    fn config(self) -> Result<Config, ConfigError> {
+        let Self { config, model, socket, max_tokens, threads, isa, tactic, log, log_json } = self;
+        let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
+        let format = log_json.then_some(LogFormat::Json);
+        let options = Settings {
+            model,
+            engine: EngineSettings { socket, max_tokens },
+            device: DeviceSettings { threads, isa, tactic },
+            log: LogSettings { filter: log, format },
+        };
+        let config = options.over(file)?;
+        config.device.cpu()?;
+        Ok(config)
+    }
+}
+
+fn main() -> ExitCode {
+    let (run, options) = match Arguments::parse().command {
+        Command::Run { options, exit_with_parent } => {
+            if exit_with_parent && let Err(error) = end_with_parent() {
+                return failed(&error, 1);
+            }
+            (true, options)
+        }
+        Command::Config(options) => (false, options),
+    };
+    let config = match options.config().and_then(log_to_stderr) {
+        Ok(config) => config,
+        Err(error) => return failed(&error.into(), BAD_CONFIG),
+    };
+    let done = if run { serve(&config) } else { print(&config) };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error, 1),
+    }
+}
+
+fn end_with_parent() -> anyhow::Result<()> {
+    let parent = rustix::process::getppid();
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    // It may have ended before the signal was asked for.
+    anyhow::ensure!(rustix::process::getppid() == parent, "the parent process has ended");
+    Ok(())
+}
+
+/// The chain of causes on one line, each once.
+fn failed(error: &anyhow::Error, code: u8) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::from(code)
+}
+
+fn log_to_stderr(config: Config) -> Result<Config, ConfigError> {
+    let LogConfig { filter, format } = &config.log;
+    let parsed = EnvFilter::try_new(filter).map_err(|error| ConfigError::Value {
+        key: "log.filter",
+        value: filter.clone(),
+        expected: format!("a filter such as info ({error})"),
+    })?;
+    let lines = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(parsed);
+    match format {
+        LogFormat::Text => lines.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init(),
+        LogFormat::Json => lines.json().init(),
+    }
+    Ok(config)
+}
+
+fn serve(config: &Config) -> anyhow::Result<()> {
+    let (stop, signalled) = UnixStream::pair()?;
+    for signal in [SIGTERM, SIGINT] {
+        pipe::register(signal, signalled.try_clone()?)?;
+    }
+    Ok(Rank::start(config)?.serve(&stop)?)
+}
+
+fn print(config: &Config) -> anyhow::Result<()> {
+    use io::Write;
+    Ok(io::stdout().write_all(toml::to_string(config)?.as_bytes())?)
+}
