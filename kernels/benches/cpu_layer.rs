@@ -112,7 +112,7 @@ struct Ours {
 
 impl Ours {
     fn new(checkpoint: &Checkpoint, options: CpuOptions) -> Self {
-        let device = CpuDevice::with_checkpoint(options, checkpoint).unwrap();
+        let device = CpuDevice::alone(options, checkpoint, 512).unwrap();
         let tokens = TOKENS[TOKENS.len() - 1];
         let (row_bytes, place_bytes) = ((tokens * HIDDEN * 2) as u64, (tokens * TOP_K * 4) as u64);
         let offsets = CallOffsets {

@@ -12,6 +12,8 @@ mod tensors;
 
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
+
 pub use self::error::CheckpointError;
 
 use self::config::Config;
@@ -29,6 +31,8 @@ pub struct MoeLayer {
     pub shape: LayerShape,
     /// Largest `gate_proj.input_scale` of all experts; `None` where an expert has none.
     pub in13: Option<f32>,
+    /// Whether every expert has every scale of activations that `act=nvfp4` needs.
+    pub scaled: bool,
 }
 
 /// An open checkpoint.
@@ -61,7 +65,9 @@ impl Checkpoint {
                 return Err(CheckpointError::MissingLayer { layer: number });
             };
             let resolved = LayerExperts::resolve(&tensors, prefix, &config)?;
-            layers.push(MoeLayer { number, shape: config.shape, in13: resolved.in13() });
+            let (shape, in13) = (config.shape, resolved.in13());
+            let scaled = resolved.absent_input_scales().next().is_none();
+            layers.push(MoeLayer { number, shape, in13, scaled });
             experts.push(resolved);
         }
         let files = tensors.files;
@@ -107,6 +113,19 @@ impl Checkpoint {
         let tensors: Vec<String> =
             self.experts.iter().flat_map(LayerExperts::absent_input_scales).collect();
         if tensors.is_empty() { Ok(()) } else { Err(CheckpointError::NoInputScales { tensors }) }
+    }
+
+    /// SHA-256, in hexadecimal: of the layers' shapes and activations, and for every tensor of every
+    /// expert of its shape, its global scales, and 64 bytes out of its middle. Different for two
+    /// quantisations of one model, and for most other ways in which two checkpoints can differ.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for (layer, experts) in self.layers.iter().zip(&self.experts) {
+            hash.update(format!("{} {:?}", layer.number, layer.shape));
+            experts.sample(&self.files, |bytes| hash.update(bytes));
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Gives the resident pages of the layer at `position` back to the system; they are read from

@@ -1,16 +1,18 @@
-//! The CPU device: exact, on all cores. Owns the layers' packed weights and the state of a call; its
-//! steps are in `places`, `compute` and `combine`.
+//! The CPU device: exact, on all cores. Owns the packed weights of its slots and the state of a call,
+//! whose steps are in `dispatch`, `compute` and `combine`.
 
 mod activate;
 mod combine;
 mod compute;
+mod dispatch;
 mod layout;
-mod places;
 mod product;
 mod simd;
 mod tactic;
 
-use half::bf16;
+use std::sync::Arc;
+use std::time::Duration;
+
 use memmap2::{Advice, MmapMut, MmapOptions};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -18,12 +20,15 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 pub use self::tactic::{CpuTactic, Isa, UnknownIsa, UnknownTactic, Why};
 
 use self::compute::Scratch;
-use self::places::Places;
+use self::dispatch::{Garbled, Incoming, Outgoing};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::device::{CallError, Device, DeviceError, LayerCall, LoadError};
+use crate::device::{CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError};
 use crate::expert::RawScalars;
-use crate::memory::SharedMemory;
-use crate::problem::{ActFormat, LayerShape, TOP_K_MAX};
+use crate::group::{Announcement, Group, compare};
+use crate::heap::HeapShape;
+use crate::heap::shm::ShmHeap;
+use crate::problem::{ActFormat, Form, LayerShape, TOP_K_MAX};
+use crate::route::RouteTable;
 
 /// How the device uses the processor.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -36,16 +41,40 @@ pub struct CpuOptions {
     pub tactic: Option<CpuTactic>,
 }
 
-/// One layer's experts, packed at 4.5 bits an element.
+impl CpuOptions {
+    /// The instructions that a device with these options uses.
+    #[must_use]
+    pub fn chosen_isa(&self) -> Isa {
+        self.tactic.map(|tactic| tactic.isa).or(self.isa).unwrap_or_else(Isa::best)
+    }
+}
+
+/// This rank's slots of one layer, packed at 4.5 bits an element.
 #[derive(Debug)]
 struct Layer {
     number: u32,
     shape: LayerShape,
-    /// Largest `gate_proj.input_scale` of its experts.
+    /// Largest `gate_proj.input_scale` of the layer's experts.
     in13: Option<f32>,
-    /// Derived bytes of every expert.
+    /// Whether every expert of the layer has the scales that `act=nvfp4` needs.
+    scaled: bool,
+    epoch: u64,
+    route: RouteTable,
+    /// Derived bytes of every slot.
     bytes: MmapMut,
-    scalars: Vec<RawScalars>,
+    /// The scalars of each slot's expert; none where the slot is empty.
+    experts: Vec<Option<RawScalars>>,
+}
+
+/// A rank's slots on the CPU, loaded before the rank joins its group: nobody waits for a rank that
+/// loads.
+#[derive(Debug)]
+pub struct CpuSlots {
+    isa: Isa,
+    tactic: Option<CpuTactic>,
+    pool: ThreadPool,
+    /// Ascending by number.
+    layers: Vec<Layer>,
 }
 
 /// A rank on the CPU.
@@ -54,24 +83,21 @@ pub struct CpuDevice {
     isa: Isa,
     tactic: Option<CpuTactic>,
     pool: ThreadPool,
+    group: Group,
     /// Ascending by number.
     layers: Vec<Layer>,
-    places: Places,
-    /// Tokens as the products take them, `[T, h]`: bf16 values, or code x block scale.
-    rows: Vec<bf16>,
-    /// One bf16 term for each (token, k), `[T, k, h]`.
-    terms: SharedMemory,
+    outgoing: Outgoing,
+    incoming: Incoming,
     scratch: Scratch,
 }
 
-impl CpuDevice {
-    /// Makes a device without layers.
+impl CpuSlots {
+    /// No layers yet.
     ///
     /// # Errors
-    /// [`DeviceError::Tactic`] for instructions that the processor lacks, [`DeviceError::Threads`],
-    /// [`DeviceError::Memory`].
+    /// [`DeviceError::Tactic`] for instructions that the processor lacks, [`DeviceError::Threads`].
     pub fn new(options: CpuOptions) -> Result<Self, DeviceError> {
-        let isa = options.tactic.map(|tactic| tactic.isa).or(options.isa).unwrap_or(Isa::best());
+        let isa = options.chosen_isa();
         if !isa.available() {
             let why = Why::Isa { isa: isa.name() };
             return Err(DeviceError::Tactic { tactic: isa.name().to_owned(), why });
@@ -81,40 +107,22 @@ impl CpuDevice {
             .thread_name(|index| format!("moe-{index}"))
             .build()
             .map_err(|source| DeviceError::Threads { threads: options.threads, source })?;
-        Ok(Self {
-            isa,
-            tactic: options.tactic,
-            layers: Vec::new(),
-            places: Places::default(),
-            rows: Vec::new(),
-            terms: SharedMemory::create("terms", 0)?,
-            scratch: Scratch::new(pool.current_num_threads()),
-            pool,
-        })
+        Ok(Self { isa, tactic: options.tactic, pool, layers: Vec::new() })
     }
 
-    /// Makes a device with every layer of a checkpoint.
-    ///
-    /// # Errors
-    /// As [`Self::new`] and [`Self::load`].
-    pub fn with_checkpoint(
-        options: CpuOptions,
-        checkpoint: &Checkpoint,
-    ) -> Result<Self, LoadError> {
-        let mut device = Self::new(options)?;
-        for position in 0..checkpoint.layers().len() {
-            device.load(checkpoint, position)?;
-        }
-        Ok(device)
-    }
-
-    /// Derives the experts of the layer at `position` of the checkpoint's layers, and gives the
-    /// checkpoint's pages back: no more than one layer of it is resident at a time.
+    /// Derives the experts of this rank's slots of the layer at `position` of the checkpoint's
+    /// layers, and gives the checkpoint's pages back: no more than one layer of it is resident at a
+    /// time.
     ///
     /// # Errors
     /// [`DeviceError::Tactic`] for a tactic that is not legal for the layer,
     /// [`DeviceError::Memory`], and whatever is wrong with the layer's block scales.
-    pub fn load(&mut self, checkpoint: &Checkpoint, position: usize) -> Result<(), LoadError> {
+    pub fn load(
+        &mut self,
+        checkpoint: &Checkpoint,
+        position: usize,
+        slots: LayerSlots,
+    ) -> Result<(), LoadError> {
         let layers = checkpoint.layers();
         let layer = layers.get(position).ok_or(CheckpointError::OutOfRange {
             what: "layer position",
@@ -127,37 +135,142 @@ impl CpuDevice {
             tactic.legal(&shape).map_err(named)?;
         }
         let expert_bytes = layout::expert_bytes(&shape);
-        let mut bytes = slot_memory(expert_bytes * shape.experts as usize)?;
-        let slots = bytes.par_chunks_exact_mut(expert_bytes).zip(0..shape.experts);
-        let derive = |(slot, expert): (&mut [u8], u32)| -> Result<RawScalars, CheckpointError> {
+        let LayerSlots { epoch, experts, route } = slots;
+        let mut bytes = slot_memory(expert_bytes * experts.len())?;
+        let memory = bytes.par_chunks_exact_mut(expert_bytes).zip(&experts);
+        let derive = |(slot, expert): (&mut [u8], &Option<u32>)| {
+            let Some(expert) = *expert else { return Ok(None) };
             let raw = checkpoint.expert(position, expert)?;
             layout::derive(&raw, slot);
-            Ok(raw.scalars())
+            Ok::<_, CheckpointError>(Some(raw.scalars()))
         };
-        let scalars = self.pool.install(|| slots.map(derive).collect::<Result<Vec<_>, _>>())?;
+        let experts = self.pool.install(|| memory.map(derive).collect::<Result<Vec<_>, _>>())?;
         checkpoint.release(position)?;
-        let (number, in13) = (layer.number, layer.in13);
+        let (number, in13, scaled) = (layer.number, layer.in13, layer.scaled);
         let at = self.layers.partition_point(|known| known.number < number);
-        self.layers.insert(at, Layer { number, shape, in13, bytes, scalars });
+        let layer = Layer { number, shape, in13, scaled, epoch, route, bytes, experts };
+        self.layers.insert(at, layer);
         Ok(())
     }
+}
 
-    fn position(&self, call: &LayerCall<'_>) -> Result<usize, CallError> {
-        if call.top_k == 0 || call.top_k > TOP_K_MAX {
-            return Err(CallError::TopK { top_k: call.top_k });
+impl CpuDevice {
+    /// A rank's part of `group`, with its slots.
+    #[must_use]
+    pub fn new(slots: CpuSlots, group: Group) -> Self {
+        let CpuSlots { isa, tactic, pool, layers } = slots;
+        Self {
+            isa,
+            tactic,
+            group,
+            layers,
+            outgoing: Outgoing::default(),
+            incoming: Incoming::default(),
+            scratch: Scratch::new(pool.current_num_threads()),
+            pool,
         }
-        let found = self.layers.binary_search_by_key(&call.layer, |layer| layer.number);
-        let position = found.map_err(|_absent| CallError::Layer {
-            layer: call.layer,
+    }
+
+    /// Makes a device that is alone, with every layer of a checkpoint, for calls of up to
+    /// `max_tokens` tokens.
+    ///
+    /// # Errors
+    /// As [`CpuSlots::new`] and [`CpuSlots::load`].
+    pub fn alone(
+        options: CpuOptions,
+        checkpoint: &Checkpoint,
+        max_tokens: u32,
+    ) -> Result<Self, LoadError> {
+        let hidden = checkpoint.layers().iter().map(|layer| layer.shape.hidden).max().unwrap_or(0);
+        let max_pairs = max_tokens.saturating_mul(TOP_K_MAX);
+        let heap = ShmHeap::alone(HeapShape { ranks: 1, max_tokens, max_pairs, hidden })?;
+        let mut slots = CpuSlots::new(options)?;
+        for (position, layer) in checkpoint.layers().iter().enumerate() {
+            slots.load(checkpoint, position, LayerSlots::whole(layer.shape.experts))?;
+        }
+        // Nobody is waited for.
+        Ok(Self::new(slots, Group::new(Arc::new(heap), Duration::MAX)))
+    }
+
+    /// Position of a layer that the device has.
+    fn position(&self, layer: u32) -> Result<usize, CallError> {
+        let found = self.layers.binary_search_by_key(&layer, |layer| layer.number);
+        found.map_err(|_absent| CallError::Layer {
+            layer,
             served: self.layers.iter().map(|layer| layer.number).collect(),
-        })?;
-        let layer = &self.layers[position];
-        let scaled = layer.in13.is_some() && layer.scalars.iter().all(|s| s.in2.is_some());
-        if call.form.act == ActFormat::Nvfp4 && !scaled {
-            return Err(CallError::NoInputScale { layer: call.layer });
+        })
+    }
+
+    /// Everything about a call that can be refused before ids are looked at.
+    fn check(&self, call: &LayerCall<'_>) -> Result<usize, CallError> {
+        let LayerCall { layer, tokens, top_k, form, .. } = *call;
+        if top_k == 0 || top_k > TOP_K_MAX {
+            return Err(CallError::TopK { top_k });
+        }
+        let position = self.position(layer)?;
+        if form.act == ActFormat::Nvfp4 && !self.layers[position].scaled {
+            return Err(CallError::NoInputScale { layer });
+        }
+        let HeapShape { max_tokens, max_pairs: max, .. } = self.group.layout().shape;
+        if tokens > max_tokens || u64::from(tokens) * u64::from(top_k) > u64::from(max) {
+            return Err(CallError::Pairs { tokens, top_k, max });
         }
         Ok(position)
     }
+
+    /// This rank's part of a call, with what `outgoing` holds.
+    fn take_part(
+        &mut self,
+        part: &Part<'_>,
+        outgoing: &mut Outgoing,
+        incoming: &mut Incoming,
+        scratch: &mut Scratch,
+    ) -> Result<(), CallError> {
+        let layer = &self.layers[part.position];
+        let (number, epoch, form) = (layer.number, layer.epoch, part.form);
+        let (tokens, top_k) = part.call.map_or((0, 1), |call| (call.tokens, call.top_k));
+        if let Some(call) = part.call {
+            outgoing.route(layer, self.group.rank(), top_k);
+            self.send(call, layer, outgoing, scratch);
+        }
+        let pairs = outgoing.counts();
+        let passive = part.call.is_none();
+        let ours = Announcement { layer: number, form, epoch, tokens, top_k, passive, pairs };
+        let announced = self.group.announce(&ours)?;
+        if let Err(mismatch) = compare(&announced) {
+            self.group.end_call();
+            return Err(mismatch.into());
+        }
+        let layer = &self.layers[part.position];
+        if let Err(Garbled { source }) = self.receive(layer, &announced, incoming, scratch) {
+            return Err(self.group.give_up_garbled(source, number).into());
+        }
+        self.compute(layer, form, incoming, scratch);
+        self.group.be_done(number)?;
+        self.group.end_call();
+        if let Some(call) = part.call {
+            self.combine(call, &self.layers[part.position], outgoing, scratch);
+        }
+        Ok(())
+    }
+
+    fn run_part(&mut self, part: &Part<'_>, mut outgoing: Outgoing) -> Result<(), CallError> {
+        // Taken out so that threads may share the rest of the device meanwhile.
+        let mut incoming = std::mem::take(&mut self.incoming);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let result = self.take_part(part, &mut outgoing, &mut incoming, &mut scratch);
+        (self.outgoing, self.incoming, self.scratch) = (outgoing, incoming, scratch);
+        result
+    }
+}
+
+/// What a rank does in a call.
+struct Part<'a> {
+    /// Position of the layer.
+    position: usize,
+    form: Form,
+    /// What its engine asked for; none when it joins by itself.
+    call: Option<&'a LayerCall<'a>>,
 }
 
 impl Device for CpuDevice {
@@ -170,23 +283,38 @@ impl Device for CpuDevice {
     }
 
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError> {
-        let position = self.position(call)?;
-        self.places.read(call, self.layers[position].shape.experts)?;
-        // Taken out so that threads may share the rest of the device meanwhile.
-        let mut scratch = std::mem::take(&mut self.scratch);
-        self.take_rows(call, position, &mut scratch);
-        self.compute(call, position, &mut scratch);
-        self.combine(call, position, &mut scratch);
-        self.scratch = scratch;
-        Ok(())
+        let position = self.check(call)?;
+        let mut outgoing = std::mem::take(&mut self.outgoing);
+        outgoing.clear(self.group.ranks());
+        let read = outgoing.read(call, self.layers[position].shape.experts);
+        if let Err(refused) = read {
+            self.outgoing = outgoing;
+            return Err(refused);
+        }
+        self.run_part(&Part { position, form: call.form, call: Some(call) }, outgoing)
+    }
+
+    fn join(&mut self) -> Result<bool, CallError> {
+        let Some(Announcement { layer, form, .. }) = self.group.pending() else {
+            return Ok(false);
+        };
+        let position = self.position(layer)?;
+        let mut outgoing = std::mem::take(&mut self.outgoing);
+        outgoing.clear(self.group.ranks());
+        self.run_part(&Part { position, form, call: None }, outgoing)?;
+        Ok(true)
+    }
+
+    fn group(&mut self) -> &mut Group {
+        &mut self.group
     }
 }
 
-/// Memory for a layer's experts: zero pages, resident once they are written.
+/// Memory for a layer's slots: zero pages, resident once they are written.
 fn slot_memory(bytes: usize) -> Result<MmapMut, DeviceError> {
     let refused =
         |source| DeviceError::Memory { what: "slots of a layer", bytes: bytes as u64, source };
-    let memory = MmapOptions::new().len(bytes).map_anon().map_err(refused)?;
+    let memory = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(refused)?;
     // Weights are streamed: huge pages save most TLB misses. A kernel without them refuses the
     // advice, which costs speed alone.
     drop(memory.advise(Advice::HugePage));

@@ -1,6 +1,8 @@
 //! What every device that serves a rank offers: layers to load, calls to run. What a call computes,
 //! step by step:
 //!
+//! A call is collective over the ranks of a group (`group`); a rank that is alone is a group of one.
+//!
 //! ```text
 //! dispatch   check ids and weights; act=nvfp4: quantise each token once, g = 1 / in13
 //! FC1        G = fc1_alpha x sum(x w_gate), U = fc1_alpha x sum(x w_up), fp32, an alpha each
@@ -17,8 +19,10 @@ use std::io;
 
 use crate::checkpoint::CheckpointError;
 use crate::cpu::Why;
+use crate::group::{Group, GroupError, Mismatch};
 use crate::memory::SharedMemory;
 use crate::problem::{Form, TOP_K_MAX};
+use crate::route::RouteTable;
 
 /// Where the tensors of a call lie in a buffer that engine and device share, in bytes from its
 /// start: hidden states bf16 `[T, h]`, expert ids i32 `[T, k]`, their weights f32 `[T, k]`, and the
@@ -33,6 +37,26 @@ pub struct CallOffsets {
     pub topk_weights: u64,
     /// Output.
     pub output: u64,
+}
+
+/// What a rank holds of one layer, and where the whole group's experts are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerSlots {
+    /// Number of the committed placement.
+    pub epoch: u64,
+    /// The expert of each of this rank's slots.
+    pub experts: Vec<Option<u32>>,
+    /// Expert to slots, over the group.
+    pub route: RouteTable,
+}
+
+impl LayerSlots {
+    /// Every expert on a rank that is alone.
+    #[must_use]
+    pub fn whole(experts: u32) -> Self {
+        let route = RouteTable::identity(experts);
+        Self { epoch: 0, experts: (0..experts).map(Some).collect(), route }
+    }
 }
 
 /// One call of one layer.
@@ -103,6 +127,22 @@ pub enum CallError {
         /// The weight.
         weight: f32,
     },
+    /// More (token, expert) pairs than the group's heap has room for.
+    #[error("{tokens} tokens with top_k {top_k}, expected at most {max} pairs of token and expert")]
+    Pairs {
+        /// Rows.
+        tokens: u32,
+        /// Experts of a token.
+        top_k: u32,
+        /// Pairs there is room for.
+        max: u32,
+    },
+    /// The ranks of the group called different things; none was answered.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// The group gave the call up.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// `act=nvfp4` on a layer whose checkpoint has no scales of activations.
     #[error("layer {layer} has experts without input_scale, expected act=bf16")]
     NoInputScale {
@@ -163,10 +203,23 @@ pub trait Device: Send {
 
     /// Runs one call: reads ids, weights and hidden states from its buffer, writes the output.
     ///
+    /// In a group every rank takes part in every call, and an error of the engine's input leaves
+    /// this rank's part in the call to [`Self::join`].
+    ///
     /// The engine must not touch the buffer meanwhile; if it does, its own output is garbage and
     /// nothing else.
     ///
     /// # Errors
     /// See [`CallError`]; the device serves on.
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError>;
+
+    /// Takes part without tokens in the call that other ranks have announced, if any has; says
+    /// whether one had.
+    ///
+    /// # Errors
+    /// [`CallError::Mismatch`], [`CallError::Group`].
+    fn join(&mut self) -> Result<bool, CallError>;
+
+    /// The group that the device's rank belongs to.
+    fn group(&mut self) -> &mut Group;
 }

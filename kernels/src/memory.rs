@@ -4,23 +4,28 @@
 //! # What is sound here, and why
 //!
 //! Another process may write a shared region at any time. Rust must therefore never hold a
-//! reference to its plain data: [`SharedMemory`] copies in and out through raw pointers. A copy that
-//! races with a peer's write may deliver a mix of old and new bytes; every type that is copied
-//! ([`Plain`]) takes any bytes, and the protocol around it decides when bytes are final.
+//! reference to its plain data: [`SharedMemory`] copies in and out through raw pointers, and hands
+//! out references to atomics alone, which tolerate concurrent writes. A copy that races with a
+//! peer's write may deliver a mix of old and new bytes; every type that is copied ([`Plain`]) takes
+//! any bytes, and the protocol around it decides when bytes are final.
 //!
-//! A mapping stays valid because its memory cannot shrink: regions are memfds sealed against any
-//! change of size, and one that comes from outside is refused without those seals, so that nobody
-//! can turn an access of ours into SIGBUS. Offsets are checked against the mapping on each use.
+//! A mapping stays valid because its memory cannot shrink: memfds are sealed against any change of
+//! size, and the file of a group's heap, which only its ranks open, is allocated whole and never
+//! cut. Offsets are checked against the mapping on each use.
 #![expect(unsafe_code, reason = "raw access to memory that other processes write")]
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::slice;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::time::Duration;
 
 use half::bf16;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate};
+use rustix::io::Errno;
+use rustix::thread::futex;
 
 use crate::device::DeviceError;
 
@@ -39,7 +44,7 @@ pub trait Plain: Copy + sealed::Sealed {}
 macro_rules! plain {
     ($($type:ty),*) => { $(impl sealed::Sealed for $type {} impl Plain for $type {})* };
 }
-plain!(u8, u32, i32, f32, bf16);
+plain!(u8, u32, u64, i32, f32, bf16, [u32; 4]);
 
 /// The bytes of `values`.
 #[must_use]
@@ -96,6 +101,14 @@ impl SharedMemory {
         Self::map(fd, bytes).map_err(refused)
     }
 
+    /// Maps the file of a group's heap, which has `bytes` and is never cut while a rank lives.
+    ///
+    /// # Errors
+    /// [`DeviceError::Memory`] when the system refuses.
+    pub(crate) fn of_heap(fd: OwnedFd, bytes: u64) -> Result<Self, DeviceError> {
+        Self::map(fd, bytes).map_err(refused("the heap of a group", bytes))
+    }
+
     fn map(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
         // An empty region still needs an address.
         let map = MmapOptions::new().len((bytes as usize).max(1)).map_raw(&fd)?;
@@ -138,6 +151,50 @@ impl SharedMemory {
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
     }
 
+    /// The word at `offset` (in bytes).
+    ///
+    /// # Panics
+    /// When the offset leaves the region or is not a multiple of 4.
+    #[must_use]
+    pub fn word32(&self, offset: u64) -> &AtomicU32 {
+        assert!(offset.is_multiple_of(4), "word at {offset}, expected a multiple of 4");
+        let word = self.at(offset, 4).cast();
+        // SAFETY: `at` checked the range, the mapping is page-aligned and lives as long as `self`;
+        // all accesses of these words, in every process, are atomic.
+        unsafe { AtomicU32::from_ptr(word) }
+    }
+
+    /// The word at `offset` (in bytes).
+    ///
+    /// # Panics
+    /// When the offset leaves the region or is not a multiple of 8.
+    #[must_use]
+    pub fn word64(&self, offset: u64) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8), "word at {offset}, expected a multiple of 8");
+        let word = self.at(offset, 8).cast();
+        // SAFETY: as for `word32`.
+        unsafe { AtomicU64::from_ptr(word) }
+    }
+
+    /// Sleeps until [`Self::wake`] on the 32-bit word at `offset`, but no longer than `timeout`, and
+    /// not at all when the word is no longer `seen`. May return early.
+    pub fn sleep(&self, offset: u64, seen: u32, timeout: Duration) {
+        let timeout = futex::Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        };
+        let woken = futex::wait(self.word32(offset), futex::Flags::empty(), seen, Some(&timeout));
+        // A changed word, a signal and the timeout all mean: look again.
+        let again = [Errno::AGAIN, Errno::INTR, Errno::TIMEDOUT];
+        debug_assert!(woken.is_ok() || woken.is_err_and(|e| again.contains(&e)), "{woken:?}");
+    }
+
+    /// Wakes every process that sleeps on the word at `offset`.
+    pub fn wake(&self, offset: u64) {
+        let woken = futex::wake(self.word32(offset), futex::Flags::empty(), i32::MAX as u32);
+        debug_assert!(woken.is_ok(), "{woken:?}");
+    }
+
     fn at(&self, offset: u64, bytes: usize) -> *mut u8 {
         let size = self.map.len();
         let fits = (offset as usize).checked_add(bytes).is_some_and(|end| end <= size);
@@ -152,6 +209,10 @@ fn refused(what: &'static str, bytes: u64) -> impl Fn(io::Error) -> DeviceError 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+    use std::time::Instant;
+
     use super::*;
 
     fn duplicate(region: &SharedMemory) -> OwnedFd {
@@ -186,5 +247,23 @@ mod tests {
             let read = std::panic::catch_unwind(|| region.read(offset, &mut [0_u32; 2]));
             assert!(read.is_err(), "{offset}");
         }
+    }
+
+    #[test]
+    fn a_sleeper_is_woken_and_a_timeout_ends_its_sleep() {
+        let region = Arc::new(SharedMemory::create("test", 4096).unwrap());
+        let begun = Instant::now();
+        region.sleep(0, 0, Duration::from_millis(5));
+        assert!(begun.elapsed() >= Duration::from_millis(4));
+        let bell = Arc::clone(&region);
+        let ringer = std::thread::spawn(move || {
+            bell.word32(0).store(1, Ordering::Release);
+            bell.wake(0);
+        });
+        while region.word32(0).load(Ordering::Acquire) == 0 {
+            region.sleep(0, 0, Duration::from_secs(60));
+        }
+        ringer.join().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(60));
     }
 }

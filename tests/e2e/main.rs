@@ -3,6 +3,7 @@
 
 mod calls;
 mod checkpoints;
+mod groups;
 mod raw;
 mod shutdown;
 

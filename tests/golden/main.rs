@@ -60,7 +60,7 @@ fn the_cpu_device_agrees_with_every_case() {
         let checkpoint = Checkpoint::open(&case.dir).unwrap();
         let devices = Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| {
             let options = CpuOptions { isa: Some(isa), ..CpuOptions::default() };
-            CpuDevice::with_checkpoint(options, &checkpoint).unwrap()
+            CpuDevice::alone(options, &checkpoint, 512).unwrap()
         });
         let mut devices: Vec<CpuDevice> = devices.collect();
         for variant in Variant::ALL {

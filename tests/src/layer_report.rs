@@ -12,6 +12,9 @@ use reference::layer::Variant;
 use tests::call::in_process;
 use tests::recorded::Recorded;
 
+/// Most tokens that a recording may have.
+const TOKENS_MAX: u32 = 1 << 16;
+
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Folder with model-nvfp4/ and recorded.safetensors, of the form of tests/data/tiny-kjv-moe.
@@ -21,7 +24,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let recorded = Recorded::open(&options.dir.join("recorded.safetensors"))?;
     let checkpoint = Checkpoint::open(&options.dir.join("model-nvfp4"))?;
-    let mut device = CpuDevice::with_checkpoint(CpuOptions::default(), &checkpoint)?;
+    let mut device = CpuDevice::alone(CpuOptions::default(), &checkpoint, TOKENS_MAX)?;
     let mut out = io::stdout();
     writeln!(out, "relative difference from the unquantised model's MoE output")?;
     writeln!(out, "layer  tokens  act=bf16  act=nvfp4")?;

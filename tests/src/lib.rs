@@ -3,7 +3,10 @@
 
 pub mod call;
 pub mod case;
+pub mod group;
+pub mod random;
 pub mod recorded;
 pub mod replay;
 pub mod rewrite;
+pub mod traffic;
 pub mod worker_process;

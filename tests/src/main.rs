@@ -3,6 +3,7 @@
 
 mod check_cases;
 mod demo;
+mod group_calls;
 mod layer_report;
 
 use std::process::ExitCode;
@@ -23,6 +24,8 @@ enum Command {
     CheckCases(check_cases::Options),
     /// Serves the small trained checkpoint, replays real activations and verifies every answer.
     Demo(demo::Options),
+    /// Random calls of a group of ranks, each answer verified.
+    GroupCalls(group_calls::Options),
     /// How far each layer of a checkpoint is from the unquantised model's recorded outputs.
     LayerReport(layer_report::Options),
 }
@@ -31,6 +34,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::CheckCases(options) => check_cases::run(&options),
         Command::Demo(options) => demo::run(&options).map(|()| true),
+        Command::GroupCalls(options) => group_calls::run(&options).map(|()| true),
         Command::LayerReport(options) => layer_report::run(&options).map(|()| true),
     };
     match result {

@@ -58,7 +58,7 @@ impl Worker {
     }
 
     /// Waits until engines can connect: a socket's file may be there before and after that.
-    fn ready(&mut self) -> Result<()> {
+    pub fn ready(&mut self) -> Result<()> {
         until("readiness of the worker", || {
             if self.child.try_wait()?.is_some() {
                 bail!("the worker ended: {}", self.log().trim_end());

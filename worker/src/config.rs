@@ -5,12 +5,16 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::thread::available_parallelism;
 
 use kernels::cpu::{CpuOptions, CpuTactic, Isa};
+use kernels::heap::RANKS_MAX;
+use kernels::heap::shm::default_folder;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{TOKENS_DEFAULT, TOKENS_MAX};
+use crate::limits::{DEADLINE_MS_DEFAULT, GROUP_TOKENS_DEFAULT, TOKENS_DEFAULT, TOKENS_MAX};
 
 /// A complete configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -19,10 +23,33 @@ pub struct Config {
     pub model: PathBuf,
     /// The engine's side.
     pub engine: EngineConfig,
+    /// The ranks that serve the model together; none for a worker that is alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<GroupConfig>,
     /// The device.
     pub device: DeviceConfig,
     /// What is logged.
     pub log: LogConfig,
+}
+
+/// The group, and this rank's part in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct GroupConfig {
+    /// The group's name: ranks of one name on one host belong together.
+    pub name: String,
+    /// This rank.
+    pub rank: u32,
+    /// Ranks of the group.
+    pub ranks: u32,
+    /// Folder in shared memory where the group's heap is.
+    pub dir: PathBuf,
+    /// How long a peer that makes no progress is waited for.
+    pub deadline_ms: u64,
+    /// Slots of each rank and layer; 0 takes as few as hold every expert once.
+    pub slots_per_rank: u32,
+    /// The expert of every slot of every layer, JSON `[layer][slot]`; experts in order otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<PathBuf>,
 }
 
 /// How engines reach the worker.
@@ -37,7 +64,7 @@ pub struct EngineConfig {
 /// How the processor is used.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct DeviceConfig {
-    /// Threads; 0 takes one for each core.
+    /// Threads; 0 takes this rank's share of the cores.
     pub threads: usize,
     /// Instructions; by default the fastest there are.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -126,6 +153,9 @@ pub struct Settings {
     /// See [`EngineConfig`].
     #[serde(default)]
     pub engine: EngineSettings,
+    /// See [`GroupConfig`].
+    #[serde(default)]
+    pub group: GroupSettings,
     /// See [`DeviceConfig`].
     #[serde(default)]
     pub device: DeviceSettings,
@@ -142,6 +172,26 @@ pub struct EngineSettings {
     pub socket: Option<PathBuf>,
     /// See [`EngineConfig::max_tokens`].
     pub max_tokens: Option<u32>,
+}
+
+/// See [`GroupConfig`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupSettings {
+    /// See [`GroupConfig::name`].
+    pub name: Option<String>,
+    /// See [`GroupConfig::rank`].
+    pub rank: Option<u32>,
+    /// See [`GroupConfig::ranks`].
+    pub ranks: Option<u32>,
+    /// See [`GroupConfig::dir`].
+    pub dir: Option<PathBuf>,
+    /// See [`GroupConfig::deadline_ms`].
+    pub deadline_ms: Option<u64>,
+    /// See [`GroupConfig::slots_per_rank`].
+    pub slots_per_rank: Option<u32>,
+    /// See [`GroupConfig::placement`].
+    pub placement: Option<PathBuf>,
 }
 
 /// See [`DeviceConfig`].
@@ -190,7 +240,9 @@ impl Settings {
         let socket = self.engine.socket.or(file.engine.socket);
         let socket = socket.ok_or_else(missing("engine.socket", "socket"))?;
         let max_tokens = self.engine.max_tokens.or(file.engine.max_tokens);
-        let max_tokens = max_tokens.unwrap_or(TOKENS_DEFAULT);
+        let group = self.group.over(file.group)?;
+        let default = if group.is_some() { GROUP_TOKENS_DEFAULT } else { TOKENS_DEFAULT };
+        let max_tokens = max_tokens.unwrap_or(default);
         if max_tokens == 0 || max_tokens > TOKENS_MAX {
             let (key, value) = ("engine.max_tokens", max_tokens.to_string());
             return Err(ConfigError::Value { key, value, expected: format!("1 to {TOKENS_MAX}") });
@@ -203,16 +255,54 @@ impl Settings {
         let filter = self.log.filter.or(file.log.filter).unwrap_or_else(|| "info".to_owned());
         let format = self.log.format.or(file.log.format).unwrap_or_default();
         let log = LogConfig { filter, format };
-        Ok(Config { model, engine: EngineConfig { socket, max_tokens }, device, log })
+        Ok(Config { model, engine: EngineConfig { socket, max_tokens }, group, device, log })
+    }
+}
+
+impl GroupSettings {
+    fn over(self, file: Self) -> Result<Option<GroupConfig>, ConfigError> {
+        let (rank, ranks) = (self.rank.or(file.rank), self.ranks.or(file.ranks));
+        let slots_per_rank = self.slots_per_rank.or(file.slots_per_rank);
+        let placement = self.placement.or(file.placement);
+        let Some(name) = self.name.or(file.name) else {
+            let of_group = rank.or(ranks).or(slots_per_rank).is_some() || placement.is_some();
+            let missing = ConfigError::Missing { key: "group.name", option: "group" };
+            return if of_group { Err(missing) } else { Ok(None) };
+        };
+        let value = |key, value: String, expected: &str| {
+            Err(ConfigError::Value { key, value, expected: expected.to_owned() })
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.len() > 64 || !name.chars().all(plain) {
+            return value("group.name", name, "up to 64 letters, digits, '-', '_' and '.'");
+        }
+        let missing = |key, option| move || ConfigError::Missing { key, option };
+        let rank = rank.ok_or_else(missing("group.rank", "rank"))?;
+        let ranks = ranks.ok_or_else(missing("group.ranks", "ranks"))?;
+        if ranks == 0 || ranks > RANKS_MAX {
+            let expected = format!("1 to {RANKS_MAX}");
+            return value("group.ranks", ranks.to_string(), &expected);
+        }
+        if rank >= ranks {
+            return value("group.rank", rank.to_string(), &format!("0 to {}", ranks - 1));
+        }
+        let deadline_ms = self.deadline_ms.or(file.deadline_ms).unwrap_or(DEADLINE_MS_DEFAULT);
+        if deadline_ms == 0 {
+            return value("group.deadline_ms", deadline_ms.to_string(), "at least 1");
+        }
+        let dir = self.dir.or(file.dir).unwrap_or_else(|| default_folder().to_owned());
+        let slots_per_rank = slots_per_rank.unwrap_or(0);
+        let group = GroupConfig { name, rank, ranks, dir, deadline_ms, slots_per_rank, placement };
+        Ok(Some(group))
     }
 }
 
 impl DeviceConfig {
-    /// The options of the CPU device.
+    /// The options of the CPU device, on a host that `ranks` ranks share.
     ///
     /// # Errors
     /// [`ConfigError::Value`] for a tactic that does not exist.
-    pub fn cpu(&self) -> Result<CpuOptions, ConfigError> {
+    pub fn cpu(&self, ranks: u32) -> Result<CpuOptions, ConfigError> {
         let parse = |name: &String| {
             name.parse::<CpuTactic>().map_err(|_unknown| ConfigError::Value {
                 key: "device.tactic",
@@ -221,7 +311,10 @@ impl DeviceConfig {
             })
         };
         let tactic = self.tactic.as_ref().map(parse).transpose()?;
-        Ok(CpuOptions { threads: self.threads, isa: self.isa, tactic })
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        let share = (cores / ranks.max(1) as usize).max(1);
+        let threads = if self.threads == 0 { share } else { self.threads };
+        Ok(CpuOptions { threads, isa: self.isa, tactic })
     }
 }
 
@@ -251,6 +344,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_used_is_named() {
+        let with_group =
+            |group: &str| format!("model = 'm'\n[engine]\nsocket = 's'\n[group]\n{group}");
         let cases = [
             ("", "model is not set, expected it in the file or as --model"),
             ("model = 'm'", "engine.socket is not set"),
@@ -261,13 +356,25 @@ mod tests {
                 "engine.max_tokens is 0, expected 1 to 65536",
             ),
             ("[device]\nisa = 'sse'", "sse"),
+            ("model = 'm'\n[group]\nrank = 1", "engine.socket is not set"),
+            (
+                &with_group("rank = 1"),
+                "group.name is not set, expected it in the file or as --group",
+            ),
+            (&with_group("name = 'a/b'"), "group.name is a/b, expected up to 64 letters"),
+            (&with_group("name = 'a'"), "group.rank is not set"),
+            (&with_group("name = 'a'\nrank = 4\nranks = 4"), "group.rank is 4, expected 0 to 3"),
+            (
+                &with_group("name = 'a'\nrank = 0\nranks = 65"),
+                "group.ranks is 65, expected 1 to 64",
+            ),
         ];
         for (text, expected) in cases {
             let error = parsed(text).unwrap_err();
             assert!(error.contains(expected), "{text:?}: {error}");
         }
         let device = DeviceConfig { tactic: Some("fast".to_owned()), ..DeviceConfig::default() };
-        let error = device.cpu().unwrap_err().to_string();
+        let error = device.cpu(1).unwrap_err().to_string();
         assert_eq!(error, "device.tactic is fast, expected a name like avx512-t12-p256");
     }
 }

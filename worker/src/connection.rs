@@ -35,6 +35,20 @@ pub(crate) struct Attachment {
     pub(crate) layout: BufferLayout,
     /// Sequence number of the next call.
     pub(crate) next_seq: u64,
+    /// Calls of other ranks do not wait for this engine.
+    pub(crate) idle: bool,
+}
+
+impl Attachment {
+    /// Uses a sequence number up.
+    pub(crate) fn take_number(&mut self, seq: u64) -> Result<(), Refusal> {
+        let expected = self.next_seq;
+        if seq != expected {
+            return Err(Refusal::Sequence { got: seq, expected });
+        }
+        self.next_seq += 1;
+        Ok(())
+    }
 }
 
 #[derive(Debug)]

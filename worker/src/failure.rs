@@ -1,6 +1,7 @@
 //! What a device's refusal of a call means to an engine.
 
 use kernels::device::CallError;
+use kernels::group::Phase;
 use kernels::problem::TOP_K_MAX;
 use protocol::refusal::Refusal;
 
@@ -18,12 +19,27 @@ pub(crate) fn refusal(error: CallError) -> Refusal {
         CallError::Weight { token, place, weight } => {
             Refusal::Weight { token, place, weight: weight.to_string() }
         }
+        CallError::Pairs { tokens, top_k, max } => Refusal::Pairs { tokens, top_k, max },
+        CallError::Mismatch(mismatch) => Refusal::Mismatch { reason: mismatch.to_string() },
+        CallError::Group(error) => Refusal::Group {
+            generation: error.generation,
+            rank: error.rank,
+            phase: match error.phase {
+                Phase::Announce => "announce",
+                Phase::Compute => "compute",
+            }
+            .to_owned(),
+            layer: error.layer,
+            reason: error.to_string(),
+        },
         CallError::NoInputScale { .. } => Refusal::NoInputScale { reason: error.to_string() },
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use kernels::group::{GroupError, Mismatch, Reason};
+
     use super::*;
 
     #[test]
@@ -35,6 +51,20 @@ mod tests {
             CallError::DuplicateExpert { token: 1, id: 4, first: 0, second: 3 },
             CallError::Weight { token: 5, place: 1, weight: f32::NAN },
             CallError::NoInputScale { layer: 3 },
+            CallError::Pairs { tokens: 9, top_k: 16, max: 64 },
+            CallError::Mismatch(Mismatch {
+                first: 0,
+                ours: "layer 3".to_owned(),
+                second: 2,
+                theirs: "layer 4".to_owned(),
+            }),
+            CallError::Group(GroupError {
+                generation: 8,
+                rank: 2,
+                phase: Phase::Compute,
+                layer: 1,
+                reason: Reason::Lost,
+            }),
         ];
         for error in errors {
             assert_eq!(refusal(error.clone()).to_string(), error.to_string());

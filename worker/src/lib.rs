@@ -7,7 +7,12 @@ mod connection;
 mod failure;
 pub mod limits;
 mod model;
+mod placement;
 mod rank;
 mod socket;
+mod start;
+mod watch;
 
-pub use self::rank::{Rank, StartError};
+pub use self::placement::PlaceError;
+pub use self::rank::Rank;
+pub use self::start::StartError;

@@ -14,3 +14,11 @@ pub const TOKENS_DEFAULT: u32 = 8_192;
 /// Bytes of answers that an engine may leave unread before it is dropped: some thousand refusals,
 /// or one that names every tensor of a checkpoint.
 pub const UNREAD_BYTES_MAX: usize = 32 << 20;
+
+/// The same in a group, whose heap is allocated whole: with the widest models of today (hidden 7,168,
+/// top-8) a rank takes 130 MB.
+pub const GROUP_TOKENS_DEFAULT: u32 = 1_024;
+
+/// How long a peer that makes no progress is waited for, unless configured: far beyond the tile that
+/// a busy processor takes, and short enough to be waited for.
+pub const DEADLINE_MS_DEFAULT: u64 = 2_000;

@@ -14,8 +14,8 @@ use signal_hook::low_level::pipe;
 use tracing_subscriber::EnvFilter;
 use worker::Rank;
 use worker::config::{
-    Config, ConfigError, DeviceSettings, EngineSettings, LogConfig, LogFormat, LogSettings,
-    Settings,
+    Config, ConfigError, DeviceSettings, EngineSettings, GroupSettings, LogConfig, LogFormat,
+    LogSettings, Settings,
 };
 
 /// Exit code of a configuration that cannot be used (sysexits' EX_USAGE).
@@ -57,7 +57,28 @@ struct Options {
     /// Most tokens of a call.
     #[arg(long)]
     max_tokens: Option<u32>,
-    /// Threads of the CPU device; 0 takes one for each core.
+    /// Name of the group of ranks that serve the model together; alone without.
+    #[arg(long)]
+    group: Option<String>,
+    /// This rank of the group.
+    #[arg(long)]
+    rank: Option<u32>,
+    /// Ranks of the group.
+    #[arg(long)]
+    ranks: Option<u32>,
+    /// Folder in shared memory where the group's heap is.
+    #[arg(long)]
+    group_dir: Option<PathBuf>,
+    /// How long a peer that makes no progress is waited for.
+    #[arg(long)]
+    deadline_ms: Option<u64>,
+    /// Slots of each rank and layer; 0 takes as few as hold every expert once.
+    #[arg(long)]
+    slots_per_rank: Option<u32>,
+    /// File with the expert of every slot, JSON [layer][slot].
+    #[arg(long)]
+    placement: Option<PathBuf>,
+    /// Threads of the CPU device; 0 takes this rank's share of the cores.
     #[arg(long)]
     threads: Option<usize>,
     /// Instructions of the CPU device: scalar, avx2 or avx512; the fastest otherwise.
@@ -76,17 +97,27 @@ struct Options {
 
 impl Options {
     fn config(self) -> Result<Config, ConfigError> {
-        let Self { config, model, socket, max_tokens, threads, isa, tactic, log, log_json } = self;
+        let Self { config, model, socket, max_tokens, threads, isa, tactic, log, log_json, .. } =
+            self;
         let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
         let format = log_json.then_some(LogFormat::Json);
         let options = Settings {
             model,
             engine: EngineSettings { socket, max_tokens },
+            group: GroupSettings {
+                name: self.group,
+                rank: self.rank,
+                ranks: self.ranks,
+                dir: self.group_dir,
+                deadline_ms: self.deadline_ms,
+                slots_per_rank: self.slots_per_rank,
+                placement: self.placement,
+            },
             device: DeviceSettings { threads, isa, tactic },
             log: LogSettings { filter: log, format },
         };
         let config = options.over(file)?;
-        config.device.cpu()?;
+        config.device.cpu(1)?;
         Ok(config)
     }
 }

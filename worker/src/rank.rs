@@ -1,15 +1,11 @@
-//! The rank: one thread and one loop that waits for engines and runs their calls on the device. A
+//! The rank: one thread and one loop that waits for engines and peers and runs calls on the device. A
 //! call runs to its end before anything else is looked at; what comes meanwhile waits in sockets.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::time::Instant;
 
-use kernels::checkpoint::{Checkpoint, CheckpointError};
-use kernels::cpu::CpuDevice;
-use kernels::device::{CallOffsets, Device, LayerCall, LoadError};
+use kernels::device::{CallError, CallOffsets, Device, LayerCall};
 use kernels::memory::SharedMemory;
 use kernels::problem::{self, Form};
 use protocol::buffer::BufferLayout;
@@ -21,41 +17,12 @@ use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{Config, ConfigError};
 use crate::connection::{Attachment, Connection, State};
 use crate::failure::refusal;
 use crate::limits::CONNECTIONS_MAX;
 use crate::model::Model;
 use crate::socket::Listener;
-
-/// Why a worker does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// A setting that cannot be used.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A checkpoint that cannot be served.
-    #[error("the model at {} cannot be served", path.display())]
-    Checkpoint {
-        /// Its folder.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: CheckpointError,
-    },
-    /// A device that cannot hold it.
-    #[error("the device cannot hold the model")]
-    Load(#[from] LoadError),
-    /// A socket that cannot be listened on.
-    #[error("cannot listen at {}", path.display())]
-    Listen {
-        /// Its path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-}
+use crate::watch::Watch;
 
 /// A worker that is ready: engines can connect.
 pub struct Rank {
@@ -64,38 +31,22 @@ pub struct Rank {
     max_tokens: u32,
     listener: Listener,
     connections: Vec<Connection>,
+    /// Wakes the loop when peers announce a call; none for a rank that is alone.
+    watch: Option<Watch>,
+    /// The engine's last call was refused for its input: this rank still has to take part in it.
+    owes_part: bool,
 }
 
 impl Rank {
-    /// Loads the model and listens. Whoever can connect is served.
-    ///
-    /// # Errors
-    /// See [`StartError`].
-    pub fn start(config: &Config) -> Result<Self, StartError> {
-        let options = config.device.cpu()?;
-        let started = Instant::now();
-        let path = &config.model;
-        let checkpoint = Checkpoint::open(path)
-            .map_err(|source| StartError::Checkpoint { path: path.clone(), source })?;
-        let device = CpuDevice::with_checkpoint(options, &checkpoint)?;
-        let model = Model::new(&checkpoint);
-        if let Some(reason) = &model.no_nvfp4 {
-            tracing::warn!(reason, "act=nvfp4 is not served");
-        }
-        let path = &config.engine.socket;
-        let listener = Listener::bind(path)
-            .map_err(|source| StartError::Listen { path: path.clone(), source })?;
-        tracing::info!(
-            model = model.name,
-            layers = model.layers.len(),
-            device = device.describe(),
-            socket = %path.display(),
-            loaded_ms = started.elapsed().as_millis(),
-            "ready"
-        );
-        let max_tokens = config.engine.max_tokens;
-        let device = Box::new(device);
-        Ok(Self { device, model, max_tokens, listener, connections: Vec::new() })
+    pub(crate) fn new(
+        device: Box<dyn Device>,
+        model: Model,
+        max_tokens: u32,
+        listener: Listener,
+        watch: Option<Watch>,
+    ) -> Self {
+        let connections = Vec::new();
+        Self { device, model, max_tokens, listener, connections, watch, owes_part: false }
     }
 
     /// Serves until a byte comes from `stop`; calls whose frames have arrived are answered first.
@@ -104,7 +55,18 @@ impl Rank {
     /// When the system's poll fails.
     pub fn serve(mut self, stop: &UnixStream) -> io::Result<()> {
         loop {
-            let [stopping, knocking] = self.wait(stop)?;
+            if self.joins_by_itself() {
+                self.device.group().set_parked(true);
+                if self.device.group().is_pending() {
+                    self.join();
+                    continue;
+                }
+            }
+            let [stopping, knocking, rung] = self.wait(stop)?;
+            self.device.group().set_parked(false);
+            if let Some(watch) = self.watch.as_ref().filter(|_| rung) {
+                watch.hear();
+            }
             if stopping {
                 self.drain();
                 tracing::info!("stopped");
@@ -122,20 +84,40 @@ impl Rank {
         }
     }
 
-    /// Waits for something to do; says whether to stop, and whether somebody knocks.
-    fn wait(&self, stop: &UnixStream) -> io::Result<[bool; 2]> {
+    /// Whether calls of other ranks do not wait for an engine of this one.
+    fn joins_by_itself(&self) -> bool {
+        let waits_for = |connection: &Connection| matches!(&connection.state, State::Attached(attachment) if !attachment.idle);
+        self.watch.is_some() && (self.owes_part || !self.connections.iter().any(waits_for))
+    }
+
+    /// Takes part in a call that peers have announced.
+    fn join(&mut self) {
+        self.device.group().set_parked(false);
+        self.owes_part = false;
+        match self.device.join() {
+            Ok(_) => {}
+            Err(CallError::Group(error)) => tracing::warn!(%error, "a call was given up"),
+            Err(error) => tracing::warn!(%error, "a call was not made"),
+        }
+    }
+
+    /// Waits for something to do; says whether to stop, whether somebody knocks, and whether peers
+    /// rang.
+    fn wait(&self, stop: &UnixStream) -> io::Result<[bool; 3]> {
         let listener = self.listener.listener.as_fd();
+        let bell = self.watch.as_ref().map_or(stop, |watch| &watch.bell);
         let mut fds = vec![
             PollFd::new(stop, PollFlags::IN),
             PollFd::from_borrowed_fd(listener, PollFlags::IN),
+            PollFd::new(bell, PollFlags::IN),
         ];
         fds.extend(self.connections.iter().map(|connection| {
             let out = if connection.has_unsent() { PollFlags::OUT } else { PollFlags::empty() };
             PollFd::new(&connection.socket, PollFlags::IN | out)
         }));
         match poll(&mut fds, None) {
-            Ok(_) => Ok([!fds[0].revents().is_empty(), !fds[1].revents().is_empty()]),
-            Err(Errno::INTR) => Ok([false; 2]),
+            Ok(_) => Ok([0, 1, 2].map(|n| !fds[n].revents().is_empty())),
+            Err(Errno::INTR) => Ok([false; 3]),
             Err(error) => Err(error.into()),
         }
     }
@@ -144,8 +126,8 @@ impl Rank {
         loop {
             match self.listener.listener.accept().and_then(|(socket, _)| Connection::new(socket)) {
                 Ok(mut connection) if self.is_full() => {
-                    let connections = CONNECTIONS_MAX;
-                    connection.refuse(&Refusal::Connections { connections }, 0);
+                    let with = format!("{CONNECTIONS_MAX} engines");
+                    connection.refuse(&Refusal::Busy { with }, 0);
                     connection.close();
                 }
                 Ok(connection) => self.connections.push(connection),
@@ -216,6 +198,8 @@ impl Rank {
                     model: self.model.name.clone(),
                     device: self.device.describe(),
                     max_tokens: self.max_tokens,
+                    rank: self.device.group().rank(),
+                    ranks: self.device.group().ranks(),
                     features: Vec::new(),
                 };
                 connection.answer(Kind::Welcome, 0, &json(&welcome), None);
@@ -226,11 +210,12 @@ impl Rank {
                 self.attach(index, &attach)
             }
             (Kind::Call, State::Attached(_)) => self.call(index, &frame),
-            (Kind::Hello | Kind::Attach | Kind::Call, state) => {
+            (Kind::Idle, State::Attached(_)) => self.set_idle(index, &frame),
+            (Kind::Hello | Kind::Attach | Kind::Call | Kind::Idle, state) => {
                 let expected = match state {
                     State::New => "hello",
                     State::Greeted => "attach",
-                    State::Attached(_) => "call",
+                    State::Attached(_) => "call or idle",
                 };
                 Err(Refusal::Order { got: name(frame.kind), expected: expected.to_owned() })
             }
@@ -246,6 +231,10 @@ impl Rank {
         }
         if let (ActFormat::Nvfp4, Some(reason)) = (act, &self.model.no_nvfp4) {
             return Err(Refusal::NoInputScale { reason: reason.clone() });
+        }
+        if let Some(other) = self.engine_of_group() {
+            let with = format!("the engine {other:?}, which is attached to this rank");
+            return Err(Refusal::Busy { with });
         }
         let form = Form {
             act: match act {
@@ -264,18 +253,44 @@ impl Rank {
         let attached = Attached { layout, layers: self.model.layers.clone() };
         connection.answer(Kind::Attached, 0, &json(&attached), Some(memory.fd()));
         tracing::info!(client = connection.client, %act, %weights_in, max_tokens, "attached");
-        connection.state = State::Attached(Attachment { form, memory, layout, next_seq: 1 });
+        connection.state =
+            State::Attached(Attachment { form, memory, layout, next_seq: 1, idle: false });
+        Ok(())
+    }
+
+    /// The engine of this rank of a group, which has one at a time.
+    fn engine_of_group(&mut self) -> Option<&str> {
+        self.watch.as_ref()?;
+        // One that left before another came does not count.
+        self.connections.iter_mut().for_each(|connection| {
+            connection.read();
+        });
+        let attached = |connection: &&Connection| {
+            matches!(connection.state, State::Attached(_)) && !connection.is_over()
+        };
+        self.connections.iter().find(attached).map(|connection| connection.client.as_str())
+    }
+
+    fn set_idle(&mut self, index: usize, frame: &Frame) -> Result<(), Refusal> {
+        let connection = &mut self.connections[index];
+        let State::Attached(attachment) = &mut connection.state else { return Ok(()) };
+        attachment.take_number(frame.seq)?;
+        attachment.idle = match frame.body[..] {
+            [0, 0, 0, 0] => false,
+            [1, 0, 0, 0] => true,
+            _ => {
+                let reason = format!("{:?}, expected the word 0 or 1", frame.body);
+                return Err(Refusal::Body { kind: name(frame.kind), reason });
+            }
+        };
+        connection.answer(Kind::Done, frame.seq, &[], None);
         Ok(())
     }
 
     fn call(&mut self, index: usize, frame: &Frame) -> Result<(), Refusal> {
         let connection = &mut self.connections[index];
         let State::Attached(attachment) = &mut connection.state else { return Ok(()) };
-        let expected = attachment.next_seq;
-        if frame.seq != expected {
-            return Err(Refusal::Sequence { got: frame.seq, expected });
-        }
-        attachment.next_seq += 1;
+        attachment.take_number(frame.seq)?;
         let Call { layer, tokens, top_k, phase: _ } = Call::decode(&frame.body)?;
         let BufferLayout { max_tokens, hidden, topk_ids, topk_weights, output, .. } =
             attachment.layout;
@@ -290,6 +305,11 @@ impl Rank {
             buffer: &attachment.memory,
             offsets: CallOffsets { hidden, topk_ids, topk_weights, output },
         });
+        use CallError::{Group, Mismatch};
+        self.owes_part = ran.as_ref().is_err_and(|e| !matches!(e, Group(_) | Mismatch(_)));
+        if let Err(Group(error)) = &ran {
+            tracing::warn!(%error, "a call was given up");
+        }
         // Calls that came before this one's answer were sent without waiting for it: the engine has
         // changed the buffer under a running call, or is about to.
         connection.read();
@@ -304,7 +324,8 @@ impl Rank {
             {
                 attachment.next_seq += 1;
             }
-            connection.refuse(&Refusal::Busy { in_flight: 1 }, seq);
+            let with = "a call of this engine, whose answer is to be awaited".to_owned();
+            connection.refuse(&Refusal::Busy { with }, seq);
         }
         Ok(())
     }

@@ -16,6 +16,9 @@ use crate::problem::LayerShape;
 /// Bytes between two ranges that are still released as one: a page of the usual size.
 const RELEASE_GAP_BYTES: usize = 4096;
 
+/// Bytes of each tensor that go into a checkpoint's digest.
+const SAMPLE_BYTES: usize = 64;
+
 /// One projection of one expert.
 #[derive(Debug, Clone, Copy)]
 struct Projection {
@@ -70,6 +73,21 @@ impl LayerExperts {
         let scales: Option<Vec<f32>> =
             self.experts.iter().map(|[gate, ..]| gate.input_scale).collect();
         scales?.into_iter().reduce(f32::max)
+    }
+
+    /// Gives `take` the facts and a few bytes of every tensor, in order.
+    pub(super) fn sample(&self, files: &Files, mut take: impl FnMut(&[u8])) {
+        for projection in self.experts.iter().flatten() {
+            let input_scale = projection.input_scale.unwrap_or(f32::NAN);
+            take(&projection.weight_scale_2.to_bits().to_le_bytes());
+            take(&input_scale.to_bits().to_le_bytes());
+            for extent in [projection.codes, projection.scales] {
+                let bytes = files.bytes(extent);
+                let middle = &bytes[bytes.len() / 2..];
+                take(&(bytes.len() as u64).to_le_bytes());
+                take(&middle[..middle.len().min(SAMPLE_BYTES)]);
+            }
+        }
     }
 
     /// One expert's bytes, with its block scales checked; `None` for an expert that is not there.

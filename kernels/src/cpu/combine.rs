@@ -1,10 +1,13 @@
-//! The last step of a call: sums the terms of each token, in order of k, into the engine's output.
+//! The last step of a call, at the tokens' own rank: sums the terms of each token, in order of k,
+//! into the engine's output.
 
 use half::bf16;
 
-use super::CpuDevice;
-use super::compute::{Scratch, term_offset};
+use super::dispatch::Outgoing;
+use super::{CpuDevice, Layer, compute::Scratch};
 use crate::device::LayerCall;
+use crate::heap::TermAt;
+use crate::memory::bytes_of_mut;
 use crate::numeric::bf16_narrow;
 use crate::problem::WeightsIn;
 
@@ -13,24 +16,32 @@ const TOKENS_PER_TASK: u32 = 8;
 
 impl CpuDevice {
     /// A place without an expert adds nothing, whatever an earlier call left in memory.
-    pub(super) fn combine(&self, call: &LayerCall<'_>, position: usize, s: &mut Scratch) {
-        let shape = &self.layers[position].shape;
-        let (hidden, top_k) = (shape.hidden as usize, call.top_k as usize);
-        let parallel = s.is_parallel(self.places.pairs(), shape);
-        let first_tokens = (0..call.tokens).step_by(TOKENS_PER_TASK as usize).collect();
-        s.for_each(&self.pool, parallel, first_tokens, |first: u32, scratch| {
-            let (terms, sums) = scratch.combine_rows(hidden);
+    pub(super) fn combine(
+        &self,
+        call: &LayerCall<'_>,
+        layer: &Layer,
+        outgoing: &Outgoing,
+        s: &Scratch,
+    ) {
+        let (heap, layout, rank) = (self.group.heap(), self.group.layout(), self.group.rank());
+        let hidden = layer.shape.hidden;
+        let top_k = call.top_k as usize;
+        let parallel = s.is_parallel(outgoing.ids.len(), &layer.shape);
+        let firsts = (0..call.tokens).step_by(TOKENS_PER_TASK as usize).collect();
+        s.for_each(&self.pool, parallel, firsts, |first: u32, scratch| {
+            let (terms, sums) = scratch.combine_rows(hidden as usize);
             for token in first..call.tokens.min(first + TOKENS_PER_TASK) {
                 let places = token as usize * top_k..(token as usize + 1) * top_k;
-                let ids = self.places.ids[places.clone()].iter();
-                let weights = self.places.weights[places].iter();
+                let ids = outgoing.ids[places.clone()].iter();
+                let weights = outgoing.weights[places].iter();
                 sums.fill(0.0);
                 for (place, (_, weight)) in (0..).zip(ids.zip(weights)).filter(|p| *p.1.0 >= 0) {
-                    self.terms.read(term_offset(call.top_k, shape.hidden, token, place, 0), terms);
+                    let at = TermAt { token, place, top_k: call.top_k, hidden };
+                    heap.read(rank, layout.term(at, 0), bytes_of_mut(terms));
                     add(terms, call.form.weights_in, *weight, sums);
                 }
                 bf16_narrow(sums, terms);
-                let row = u64::from(token) * (hidden * size_of::<bf16>()) as u64;
+                let row = u64::from(token) * u64::from(hidden) * size_of::<bf16>() as u64;
                 call.buffer.write(call.offsets.output + row, terms);
             }
         });

@@ -1,6 +1,7 @@
-//! The products of a call: FC1 with its activation, and FC2, over all experts that have tokens.
+//! The products of a call: FC1 with its activation, and FC2, over all of this rank's slots that have
+//! tokens. Terms go to the ranks that the tokens came from.
 //!
-//! The pairs of an expert are cut into units. Units run in waves whose unpacked activations fit the
+//! The pairs of a slot are cut into units. Units run in waves whose unpacked activations fit the
 //! scratch, four passes a wave: unpack tokens, FC1 with the activation, transpose the intermediate,
 //! FC2. A pass is a list of tasks, run by the pool, or by the calling thread where the call is
 //! small. Neither tiles nor tasks nor threads change the order of any sum.
@@ -13,14 +14,14 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::activate::Activation;
+use super::dispatch::{Incoming, Pair, RowScratch};
 use super::layout::{self, LANES, Matrix, RowBlock, matrices};
-use super::places::{Entry, RowScratch};
 use super::product::{BLOCKS_MAX, Strip, Vector, panel_vectors, strip_blocks, tiles};
 use super::tactic::CpuTactic;
 use super::{CpuDevice, Layer, simd};
-use crate::device::LayerCall;
-use crate::memory::SharedMemory;
-use crate::problem::LayerShape;
+use crate::heap::TermAt;
+use crate::memory::bytes_of;
+use crate::problem::{Form, LayerShape};
 
 /// Most rows of a unit: their sums and a panel's share of their activations stay in the second
 /// level cache.
@@ -63,8 +64,9 @@ pub(super) struct ThreadScratch {
 }
 
 impl ThreadScratch {
-    pub(super) fn requantise(&mut self, row: &mut [bf16], g: f32) {
-        self.row.requantise(row, g);
+    /// Memory for a row on its way to the wire or from it.
+    pub(super) fn row(&mut self) -> &mut RowScratch {
+        &mut self.row
     }
 
     /// A row of terms and a row of sums.
@@ -120,20 +122,14 @@ impl Threads {
     }
 }
 
-/// Where the term of (`token`, `place`) lies from column `column` on, in bytes.
-pub(super) fn term_offset(top_k: u32, hidden: u32, token: u32, place: u32, column: u32) -> u64 {
-    let row = u64::from(token) * u64::from(top_k) + u64::from(place);
-    (row * u64::from(hidden) + u64::from(column)) * size_of::<bf16>() as u64
-}
-
 /// Chunks of `values` with their numbers.
 pub(super) fn chunks_of<T>(values: &mut [T], length: usize) -> Vec<(usize, &mut [T])> {
     values.chunks_mut(length).enumerate().collect()
 }
 
-/// Pairs of one expert that run together.
+/// Pairs of one slot that run together.
 struct Unit<'a> {
-    pairs: &'a [Entry],
+    pairs: &'a [Pair],
     tactic: CpuTactic,
     fc1: Matrix<'a>,
     fc2: Matrix<'a>,
@@ -165,40 +161,32 @@ struct Task<'a, O> {
 /// What all passes of a call share.
 struct Passes<'a> {
     device: &'a CpuDevice,
-    call: &'a LayerCall<'a>,
     layer: &'a Layer,
+    form: Form,
+    incoming: &'a Incoming,
     parallel: bool,
 }
 
 impl CpuDevice {
     /// Computes the terms of all pairs.
-    pub(super) fn compute(&mut self, call: &LayerCall<'_>, position: usize, s: &mut Scratch) {
-        let shape = self.layers[position].shape;
-        let terms = term_offset(call.top_k, shape.hidden, call.tokens, 0, 0);
-        if self.terms.bytes() as u64 <= terms {
-            match SharedMemory::create("terms", terms.next_power_of_two()) {
-                Ok(memory) => self.terms = memory,
-                // As for any allocation, there is no way on without memory.
-                Err(error) => panic!("{error}"),
-            }
-        }
-        let layer = &self.layers[position];
-        let parallel = s.is_parallel(self.places.pairs(), &shape);
-        let passes = Passes { device: self, call, layer, parallel };
+    pub(super) fn compute(&self, layer: &Layer, form: Form, incoming: &Incoming, s: &mut Scratch) {
+        let shape = layer.shape;
+        let parallel = s.is_parallel(incoming.pairs(), &shape);
+        let passes = Passes { device: self, layer, form, incoming, parallel };
         let row_bytes = shape.hidden as usize * size_of::<f32>()
             + shape.intermediate as usize * (size_of::<bf16>() + size_of::<f32>());
         let wave_rows = (WAVE_BYTES / row_bytes).max(1);
-        let units = self.places.by_expert().flat_map(|(expert, pairs)| {
-            pairs.chunks(UNIT_ROWS.min(wave_rows)).map(move |pairs| (expert, pairs))
+        let units = incoming.by_slot().flat_map(|(slot, pairs)| {
+            pairs.chunks(UNIT_ROWS.min(wave_rows)).map(move |pairs| (slot, pairs))
         });
         let mut units = units.peekable();
         while units.peek().is_some() {
             let (mut wave, mut rows) = (Vec::new(), 0);
-            while let Some((expert, pairs)) =
+            while let Some((slot, pairs)) =
                 units.next_if(|(_, pairs)| rows + pairs.len() <= wave_rows)
             {
                 rows += pairs.len();
-                wave.push(passes.unit(expert, pairs));
+                wave.push(passes.unit(slot, pairs));
             }
             let tasks =
                 if parallel { TASKS_PER_THREAD * self.pool.current_num_threads() } else { 1 };
@@ -212,11 +200,11 @@ impl CpuDevice {
 }
 
 impl Passes<'_> {
-    fn unit<'a>(&'a self, expert: usize, pairs: &'a [Entry]) -> Unit<'a> {
-        let Self { device, call, layer, .. } = self;
+    fn unit<'a>(&'a self, slot: usize, pairs: &'a [Pair]) -> Unit<'a> {
+        let Self { device, form, layer, .. } = self;
         let length = layout::expert_bytes(&layer.shape);
-        let [fc1, fc2] = matrices(&layer.bytes[expert * length..][..length], &layer.shape);
-        let scalars = layer.scalars[expert].products(call.form.act, layer.in13);
+        let [fc1, fc2] = matrices(&layer.bytes[slot * length..][..length], &layer.shape);
+        let scalars = layer.experts[slot].and_then(|raw| raw.products(form.act, layer.in13));
         let scalars = scalars.expect("a call is refused where a layer lacks scales");
         let heuristic = || CpuTactic::heuristic(device.isa, pairs.len());
         Unit {
@@ -224,7 +212,7 @@ impl Passes<'_> {
             tactic: device.tactic.unwrap_or_else(heuristic),
             fc1,
             fc2,
-            activation: Activation { scalars, swiglu: layer.shape.swiglu, form: call.form },
+            activation: Activation { scalars, swiglu: layer.shape.swiglu, form: *form },
             parts: 1,
         }
     }
@@ -247,7 +235,7 @@ impl Passes<'_> {
         }
         let pool = &self.device.pool;
         threads.for_each(pool, self.parallel, tiles, |(pairs, tile), _| {
-            let row = |pair: &Entry| &self.device.rows[pair.token as usize * hidden..][..hidden];
+            let row = |pair: &Pair| &self.incoming.values[pair.row as usize * hidden..][..hidden];
             unpack(pairs.iter().map(row), tile);
         });
         let (mut x, mut rest) = (&*x, grown(intermediate, rows * columns));
@@ -260,7 +248,10 @@ impl Passes<'_> {
             }
             x = later;
         }
-        threads.for_each(pool, self.parallel, tasks, run_gate_up);
+        threads.for_each(pool, self.parallel, tasks, |task, scratch| {
+            run_gate_up(task, scratch);
+            self.device.group.heap().advance();
+        });
     }
 
     /// Transposes the intermediate of a wave, then runs FC2 and writes its terms.
@@ -292,11 +283,15 @@ impl Passes<'_> {
             tasks.extend(ranges.map(|blocks| Task { unit, blocks, x: unit_x, out: () }));
             x = later;
         }
-        threads.for_each(pool, self.parallel, tasks, |task, scratch| self.run_down(&task, scratch));
+        threads.for_each(pool, self.parallel, tasks, |task, scratch| {
+            self.run_down(&task, scratch);
+            self.device.group.heap().advance();
+        });
     }
 
     fn run_down(&self, task: &Task<'_, ()>, scratch: &mut ThreadScratch) {
-        let (unit, hidden, top_k) = (task.unit, self.layer.shape.hidden, self.call.top_k);
+        let (unit, hidden) = (task.unit, self.layer.shape.hidden);
+        let group = &self.device.group;
         let fc2_alpha = unit.activation.scalars.fc2_alpha;
         let mut terms = [bf16::ZERO; BLOCKS_MAX * LANES];
         for_each_strip(unit, &unit.fc2, task, scratch, |first, width, sums| {
@@ -305,8 +300,9 @@ impl Passes<'_> {
                     *terms = sums.0.map(|sum| bf16::from_f32(fc2_alpha * sum));
                 }
                 let column = (first * LANES) as u32;
-                let offset = term_offset(top_k, hidden, pair.token, pair.place, column);
-                self.device.terms.write(offset, &terms[..width * LANES]);
+                let Pair { source, token, place, top_k, .. } = *pair;
+                let offset = group.layout().term(TermAt { token, place, top_k, hidden }, column);
+                group.heap().write(source, offset, bytes_of(&terms[..width * LANES]));
             }
         });
     }

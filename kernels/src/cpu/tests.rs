@@ -7,8 +7,11 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 
+use half::bf16;
+
 use super::*;
 use crate::device::CallOffsets;
+use crate::memory::SharedMemory;
 use crate::problem::{Form, WeightsIn};
 
 /// Sixteen experts, four for each of 300 tokens, skewed: experts with many tokens and with none.
@@ -38,7 +41,7 @@ impl Rig {
             view.data().as_chunks().0.to_vec()
         };
         Self {
-            device: CpuDevice::with_checkpoint(options, &checkpoint).unwrap(),
+            device: CpuDevice::alone(options, &checkpoint, 512).unwrap(),
             hidden: x.shape()[1],
             top_k: ids.shape()[1],
             x: x.data().as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect(),
@@ -180,7 +183,7 @@ fn a_bad_call_is_refused_and_the_next_one_served() {
 #[test]
 fn a_layer_without_scales_of_inputs_serves_bf16_alone() {
     let mut rig = Rig::new(HOLES, CpuOptions::default());
-    rig.device.layers[0].scalars[5].in2 = None;
+    rig.device.layers[0].scaled = false;
     let nvfp4 = Form { act: ActFormat::Nvfp4, ..Form::default() };
     assert_eq!(rig.call(nvfp4, 0..2), Err(CallError::NoInputScale { layer: 0 }));
     assert!(rig.call(Form::default(), 0..2).is_ok());
@@ -192,6 +195,6 @@ fn a_tactic_that_cannot_run_is_refused_by_name() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/moe-golden").join(HOLES);
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let options = CpuOptions { tactic, ..CpuOptions::default() };
-    let refused = CpuDevice::with_checkpoint(options, &checkpoint).unwrap_err();
+    let refused = CpuDevice::alone(options, &checkpoint, 512).unwrap_err();
     assert_eq!(refused.to_string(), "tactic scalar-t4-p512 cannot run");
 }

@@ -26,6 +26,9 @@ enum Command {
     /// answer; `--once` for a short run.
     #[command(disable_help_flag = true)]
     Demo(Rest),
+    /// Random calls of a group of ranks, each answer verified: `--ranks N --calls N --seed S`.
+    #[command(disable_help_flag = true)]
+    GroupCalls(Rest),
     /// The end-to-end tests; with `--stress N` each of them N times.
     E2e {
         /// Rounds.
@@ -64,6 +67,10 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
             cases("demo", arguments)
+        }
+        Command::GroupCalls(Rest { mut arguments }) => {
+            arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
+            cases("group-calls", arguments)
         }
         Command::E2e { stress } => e2e(stress),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),

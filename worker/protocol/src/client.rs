@@ -244,8 +244,21 @@ impl Engine {
     /// # Errors
     /// [`ClientError::Refused`] leaves the engine usable, every other one does not.
     pub fn call(&mut self, call: Call) -> Result<(), ClientError> {
+        self.ask(Kind::Call, &call.encode())
+    }
+
+    /// Says whether calls of other ranks are to wait for this engine. While it is idle its rank
+    /// takes part in them by itself, without tokens.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn set_idle(&mut self, idle: bool) -> Result<(), ClientError> {
+        self.ask(Kind::Idle, &u32::from(idle).to_le_bytes())
+    }
+
+    fn ask(&mut self, kind: Kind, body: &[u8]) -> Result<(), ClientError> {
         let seq = self.next_seq;
-        self.connection.send(Kind::Call, seq, &call.encode())?;
+        self.connection.send(kind, seq, body)?;
         self.next_seq += 1;
         let frame = self.connection.answer("the answer to a call")?;
         match frame.kind {

@@ -44,10 +44,13 @@ pub enum Kind {
     Done = 6,
     /// Worker to engine: a frame was refused; JSON [`Refusal`].
     Refused = 7,
+    /// Engine to worker: whether calls of other ranks are to wait for this engine; 4 bytes, 1 is
+    /// idle. Answered as a call is.
+    Idle = 8,
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Hello,
         Self::Welcome,
         Self::Attach,
@@ -55,6 +58,7 @@ impl Kind {
         Self::Call,
         Self::Done,
         Self::Refused,
+        Self::Idle,
     ];
 }
 

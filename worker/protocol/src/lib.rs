@@ -12,6 +12,8 @@
 //!   Call {layer, tokens, ...} seq  ->
 //!                                  <-      Done seq        (the output is in the buffer)
 //!                                  or      Refused seq {code, values}
+//!   Idle {idle} seq                ->
+//!                                  <-      Done seq
 //! ```
 //!
 //! A refusal costs the frame that it answers and nothing else; see [`refusal::Refusal`].
@@ -20,6 +22,8 @@
 pub mod buffer;
 pub mod client;
 pub mod frame;
+pub mod ids;
 pub mod message;
+pub mod placement;
 pub mod refusal;
 pub mod stream;

@@ -96,6 +96,10 @@ pub struct Welcome {
     pub device: String,
     /// Most tokens that an engine may attach for.
     pub max_tokens: u32,
+    /// This rank.
+    pub rank: u32,
+    /// Ranks of the group: every call is made by the engines of all of them together.
+    pub ranks: u32,
     /// Of the engine's features those that are in force.
     #[serde(default)]
     pub features: Vec<String>,

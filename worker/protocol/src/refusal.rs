@@ -60,17 +60,12 @@ pub enum Refusal {
         /// The next one.
         expected: u64,
     },
-    /// A call that came before the one before it was answered.
-    #[error("busy: {in_flight} call in flight, expected its answer to be awaited")]
+    /// What was asked for is in use: a call that came before the one before it was answered, a rank
+    /// of a group that has its engine, as many connections as there can be (which closes this one).
+    #[error("busy with {with}")]
     Busy {
-        /// Calls of this engine that run.
-        in_flight: u32,
-    },
-    /// As many engines as the worker takes are connected; it closes the connection.
-    #[error("busy: {connections} engines are connected, which is the most there can be")]
-    Connections {
-        /// Engines connected.
-        connections: u32,
+        /// What is in the way.
+        with: String,
     },
     /// More tokens than the worker or the attachment takes.
     #[error("{tokens} tokens, expected {min} to {max}")]
@@ -81,6 +76,37 @@ pub enum Refusal {
         min: u32,
         /// Most.
         max: u32,
+    },
+    /// More (token, expert) pairs than the group's heap has room for.
+    #[error("{tokens} tokens with top_k {top_k}, expected at most {max} pairs of token and expert")]
+    Pairs {
+        /// Rows.
+        tokens: u32,
+        /// Experts of a token.
+        top_k: u32,
+        /// Pairs there is room for.
+        max: u32,
+    },
+    /// The ranks of the group called different things; none was answered.
+    #[error("{reason}")]
+    Mismatch {
+        /// Names two ranks and what they call.
+        reason: String,
+    },
+    /// The group gave the call up. Other ranks may have its answer already: the engines repeat the
+    /// step together.
+    #[error("{reason}")]
+    Group {
+        /// The generation that began.
+        generation: u32,
+        /// The rank that it is about.
+        rank: u32,
+        /// What was awaited of it: `announce` or `compute`.
+        phase: String,
+        /// The layer that was called.
+        layer: u32,
+        /// All of it in words.
+        reason: String,
     },
     /// k outside of what a call may have.
     #[error("top_k is {top_k}, expected 1 to {max}")]

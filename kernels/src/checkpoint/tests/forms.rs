@@ -207,6 +207,27 @@ fn an_expert_that_calibration_missed_serves_bf16_alone() {
 }
 
 #[test]
+fn a_digest_tells_checkpoints_apart() {
+    let digest = |change: &dyn Fn(&mut Sample)| {
+        let mut sample = Sample::modelopt();
+        change(&mut sample);
+        sample.open().unwrap().digest()
+    };
+    let tensor = |part: &str| format!("model.layers.0.mlp.experts.1.up_proj.{part}");
+    let same = digest(&|_| {});
+    assert_eq!((digest(&|_| {}), same.len()), (same.clone(), 64));
+    let others = [
+        digest(&|sample| sample.floats(&tensor("weight_scale_2"), &[], &[0.75])),
+        digest(&|sample| sample.config["swiglu_limit"] = json!(7.0)),
+        digest(&|sample| sample.tensor(&tensor("weight")).bytes[512] ^= 1),
+        digest(&|sample| sample.tensor(&tensor("weight_scale")).bytes[64] ^= 1),
+        digest(&|sample| drop(sample.tensors.remove(&tensor("input_scale")))),
+    ];
+    let all: std::collections::BTreeSet<_> = others.iter().chain([&same]).collect();
+    assert_eq!(all.len(), 6);
+}
+
+#[test]
 fn the_activation_is_read() {
     let swiglu = |fields: serde_json::Value| {
         let mut sample = Sample::modelopt();

@@ -1,0 +1,311 @@
+//! The ends of a call where data changes ranks. The source checks ids and weights, picks a replica
+//! for every pair, and lays rows and lists out in its own region of the heap; the experts' ranks
+//! read their parts of the lists, and the rows that these name.
+
+use half::bf16;
+
+use super::compute::{Scratch, chunks_of};
+use super::{CpuDevice, Layer};
+use crate::device::{CallError, LayerCall};
+use crate::group::Announcement;
+use crate::heap::row_bytes;
+use crate::memory::{bytes_of, bytes_of_mut};
+use crate::numeric::{BLOCK, bf16_narrow, bf16_widen, dequantise_row, quantise_row};
+use crate::problem::ActFormat;
+
+/// Fewest tokens that a thread takes at a time: rows are short work.
+const ROWS_PER_TASK: usize = 8;
+
+/// One (token, expert) pair that this rank computes.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Pair {
+    /// Rank that the token came from.
+    pub(super) source: u32,
+    /// Token at its source.
+    pub(super) token: u32,
+    /// Place among the token's experts (k).
+    pub(super) place: u32,
+    /// Experts of a token at its source.
+    pub(super) top_k: u32,
+    /// Row among those that were read.
+    pub(super) row: u32,
+    pub(super) weight: f32,
+}
+
+/// What the engine brings to a call: read, checked and routed. Kept from call to call for its memory
+/// alone.
+#[derive(Debug, Default)]
+pub(super) struct Outgoing {
+    /// `[T, k]`; -1 where there is no expert.
+    pub(super) ids: Vec<i32>,
+    /// `[T, k]`; finite wherever there is an expert.
+    pub(super) weights: Vec<f32>,
+    /// For every expert, the last token that it was seen with, counted from 1.
+    seen: Vec<u32>,
+    /// List entries for each rank, by token: `[token, slot | place << 16, weight, 0]`.
+    lists: Vec<Vec<[u32; 4]>>,
+}
+
+impl Outgoing {
+    /// Nothing: a rank that joins a call.
+    pub(super) fn clear(&mut self, ranks: u32) {
+        self.ids.clear();
+        self.weights.clear();
+        self.lists.resize(ranks as usize, Vec::new());
+        self.lists.iter_mut().for_each(Vec::clear);
+    }
+
+    /// Reads and checks a call's ids and weights. What stands beside id -1 is ignored.
+    pub(super) fn read(&mut self, call: &LayerCall<'_>, experts: u32) -> Result<(), CallError> {
+        let places = call.tokens as usize * call.top_k as usize;
+        self.ids.resize(places, 0);
+        self.weights.resize(places, 0.0);
+        call.buffer.read(call.offsets.topk_ids, &mut self.ids);
+        call.buffer.read(call.offsets.topk_weights, &mut self.weights);
+        self.seen.clear();
+        self.seen.resize(experts as usize, 0);
+        let top_k = call.top_k as usize;
+        let rows = self.ids.chunks(top_k).zip(self.weights.chunks(top_k));
+        (0..).zip(rows).try_for_each(|(token, row)| check_row(token, row, &mut self.seen))
+    }
+
+    /// Picks the replica of every pair; each goes to exactly one.
+    pub(super) fn route(&mut self, layer: &Layer, source: u32, top_k: u32) {
+        let slots_per_rank = layer.experts.len() as u32;
+        for (index, (&id, weight)) in (0..).zip(self.ids.iter().zip(&self.weights)) {
+            let Ok(expert) = u32::try_from(id) else { continue };
+            let (token, place) = (index / top_k, index % top_k);
+            let slot = layer.route.slot(source, token, expert);
+            let (rank, slot) = (slot / slots_per_rank, slot % slots_per_rank);
+            self.lists[rank as usize].push([token, slot | place << 16, weight.to_bits(), 0]);
+        }
+    }
+
+    /// Pairs for each rank.
+    pub(super) fn counts(&self) -> Vec<u32> {
+        self.lists.iter().map(|list| list.len() as u32).collect()
+    }
+}
+
+/// Checks one token's places.
+fn check_row(
+    token: u32,
+    (ids, weights): (&[i32], &[f32]),
+    seen: &mut [u32],
+) -> Result<(), CallError> {
+    let last = (seen.len() - 1) as u32;
+    for (place, (&id, &weight)) in (0..).zip(ids.iter().zip(weights)) {
+        if id == -1 {
+            continue;
+        }
+        let expert = usize::try_from(id).unwrap_or(usize::MAX);
+        let Some(seen) = seen.get_mut(expert) else {
+            return Err(CallError::ExpertId { token, place, id, last });
+        };
+        if *seen == token + 1 {
+            let first = ids.iter().position(|&earlier| earlier == id).unwrap_or(0) as u32;
+            return Err(CallError::DuplicateExpert { token, id, first, second: place });
+        }
+        if !weight.is_finite() {
+            return Err(CallError::Weight { token, place, weight });
+        }
+        *seen = token + 1;
+    }
+    Ok(())
+}
+
+/// The pairs of a call that this rank computes, by slot, source, token and place. Kept from call to
+/// call for its memory alone.
+#[derive(Debug, Default)]
+pub(super) struct Incoming {
+    list: Vec<[u32; 4]>,
+    unsorted: Vec<(u32, Pair)>,
+    pairs: Vec<Pair>,
+    /// Where each slot's pairs end; a slot begins where the one before it ends.
+    ends: Vec<u32>,
+    /// Source and token of each row.
+    rows: Vec<(u32, u32)>,
+    /// The rows as the products take them, `[rows, h]`: bf16 values, or code x block scale.
+    pub(super) values: Vec<bf16>,
+}
+
+impl Incoming {
+    /// Number of pairs.
+    pub(super) fn pairs(&self) -> usize {
+        self.pairs.len()
+    }
+
+    /// The slots that have pairs, ascending, and their pairs.
+    pub(super) fn by_slot(&self) -> impl Iterator<Item = (usize, &[Pair])> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        let ranges = starts.zip(&self.ends).map(|(start, &end)| start as usize..end as usize);
+        ranges.enumerate().filter(|(_, r)| !r.is_empty()).map(|(slot, r)| (slot, &self.pairs[r]))
+    }
+
+    /// Takes a pair that `source` sent; none if no peer of this version would send it.
+    fn take(
+        &mut self,
+        source: u32,
+        entry: [u32; 4],
+        announced: &Announcement,
+        layer: &Layer,
+    ) -> Option<()> {
+        let [token, places, weight, _] = entry;
+        let (slot, place) = (places & 0xffff, places >> 16);
+        layer.experts.get(slot as usize)?.as_ref()?;
+        if token >= announced.tokens || place >= announced.top_k {
+            return None;
+        }
+        if self.rows.last() != Some(&(source, token)) {
+            self.rows.push((source, token));
+        }
+        let (row, weight) = (self.rows.len() as u32 - 1, f32::from_bits(weight));
+        let pair = Pair { source, token, place, top_k: announced.top_k, row, weight };
+        self.unsorted.push((slot, pair));
+        Some(())
+    }
+
+    /// Groups the pairs by slot; those of one slot stay in their order.
+    fn sort(&mut self, slots: usize) {
+        self.ends.clear();
+        self.ends.resize(slots, 0);
+        self.unsorted.iter().for_each(|(slot, _)| self.ends[*slot as usize] += 1);
+        let mut total = 0;
+        for end in &mut self.ends {
+            (*end, total) = (total, total + *end);
+        }
+        self.pairs.clear();
+        self.pairs.resize(total as usize, Pair::default());
+        for (slot, pair) in &self.unsorted {
+            let next = &mut self.ends[*slot as usize];
+            self.pairs[*next as usize] = *pair;
+            *next += 1;
+        }
+    }
+}
+
+/// A rank whose list no rank of this version would send.
+pub(super) struct Garbled {
+    pub(super) source: u32,
+}
+
+impl CpuDevice {
+    /// Lays rows and lists out in this rank's region, where peers read them.
+    pub(super) fn send(
+        &self,
+        call: &LayerCall<'_>,
+        layer: &Layer,
+        outgoing: &Outgoing,
+        s: &Scratch,
+    ) {
+        let (heap, layout, rank) = (self.group.heap(), self.group.layout(), self.group.rank());
+        let mut index = 0;
+        for list in &outgoing.lists {
+            heap.write(rank, layout.list(index), bytes_of(list));
+            index += list.len() as u32;
+        }
+        let hidden = layer.shape.hidden;
+        let row = row_bytes(hidden, call.form.act);
+        let g = layer.in13.map_or(1.0, |in13| 1.0 / in13);
+        let parallel = s.is_parallel(index as usize, &layer.shape);
+        let firsts = (0..call.tokens).step_by(ROWS_PER_TASK).collect();
+        s.for_each(&self.pool, parallel, firsts, |first: u32, scratch| {
+            let row_scratch = scratch.row();
+            for token in first..call.tokens.min(first + ROWS_PER_TASK as u32) {
+                let wire = row_scratch.read(call, token, hidden as usize, g);
+                heap.write(rank, layout.row(token, row), wire);
+            }
+        });
+    }
+
+    /// Reads the pairs for this rank, and their rows.
+    pub(super) fn receive(
+        &self,
+        layer: &Layer,
+        announced: &[Announcement],
+        incoming: &mut Incoming,
+        s: &Scratch,
+    ) -> Result<(), Garbled> {
+        let (heap, layout, rank) = (self.group.heap(), self.group.layout(), self.group.rank());
+        incoming.rows.clear();
+        incoming.unsorted.clear();
+        for (source, announcement) in (0..).zip(announced) {
+            let counts = &announcement.pairs;
+            let first: u32 = counts[..rank as usize].iter().sum();
+            let mut list = std::mem::take(&mut incoming.list);
+            list.resize(counts[rank as usize] as usize, [0; 4]);
+            heap.read(source, layout.list(first), bytes_of_mut(&mut list));
+            let mut entries = list.iter();
+            let taken = entries.try_for_each(|e| incoming.take(source, *e, announcement, layer));
+            incoming.list = list;
+            taken.ok_or(Garbled { source })?;
+        }
+        incoming.sort(layer.experts.len());
+        let (hidden, act) = (layer.shape.hidden, announced[rank as usize].form.act);
+        let row = row_bytes(hidden, act);
+        let parallel = s.is_parallel(incoming.pairs(), &layer.shape);
+        let Incoming { rows, values, .. } = incoming;
+        values.resize(rows.len() * hidden as usize, bf16::ZERO);
+        let tasks = chunks_of(values, ROWS_PER_TASK * hidden as usize);
+        s.for_each(&self.pool, parallel, tasks, |(task, values), scratch| {
+            let rows = &rows[task * ROWS_PER_TASK..];
+            for ((source, token), values) in
+                rows.iter().zip(values.chunks_exact_mut(hidden as usize))
+            {
+                let wire = scratch.row().wire(row);
+                heap.read(*source, layout.row(*token, row), wire);
+                scratch.row().unpack(act, values);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Memory of a thread for one row on its way to the wire or from it.
+#[derive(Debug, Default)]
+pub(super) struct RowScratch {
+    bf16: Vec<bf16>,
+    values: Vec<f32>,
+    /// bf16; or codes, then block scales.
+    wire: Vec<u8>,
+}
+
+impl RowScratch {
+    /// Reads a token from the engine's buffer; `act=nvfp4` quantises it, with quantisation scale g.
+    fn read(&mut self, call: &LayerCall<'_>, token: u32, hidden: usize, g: f32) -> &[u8] {
+        let Self { bf16: row, values, wire } = self;
+        row.resize(hidden, bf16::ZERO);
+        let offset = u64::from(token) * (hidden * size_of::<bf16>()) as u64;
+        call.buffer.read(call.offsets.hidden + offset, row);
+        match call.form.act {
+            ActFormat::Bf16 => bytes_of(row),
+            ActFormat::Nvfp4 => {
+                values.resize(hidden, 0.0);
+                wire.resize(hidden / 2 + hidden / BLOCK, 0);
+                bf16_widen(row, values);
+                let (codes, scales) = wire.split_at_mut(hidden / 2);
+                quantise_row(values, g, codes, scales);
+                wire
+            }
+        }
+    }
+
+    fn wire(&mut self, bytes: u64) -> &mut [u8] {
+        self.wire.resize(bytes as usize, 0);
+        &mut self.wire
+    }
+
+    /// What is on the wire as the products take it; code x block scale is exact in bf16, and the
+    /// global scale is part of the alphas.
+    fn unpack(&mut self, act: ActFormat, row: &mut [bf16]) {
+        match act {
+            ActFormat::Bf16 => bytes_of_mut(row).copy_from_slice(&self.wire),
+            ActFormat::Nvfp4 => {
+                self.values.resize(row.len(), 0.0);
+                let (codes, scales) = self.wire.split_at(row.len() / 2);
+                dequantise_row(codes, scales, 1.0, &mut self.values);
+                bf16_narrow(&self.values, row);
+            }
+        }
+    }
+}

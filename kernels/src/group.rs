@@ -1,0 +1,520 @@
+//! How the ranks of a group run a call together: announce, compare, compute, be done. Says nothing of
+//! what is computed.
+//!
+//! - A **tag** is (generation, number). Each rank writes an announcement of the call into its own
+//!   block, the tag last; nobody reads rows or writes terms before it has seen all N. That is counts,
+//!   comparison and barrier in one: who announces number n has finished n - 1 in every respect, so
+//!   areas need no second copy, and blocks (read by slow ranks while fast ones announce the next
+//!   call) need two.
+//! - All compare the same announcements, so a **mismatch** is the same error on every rank, and costs
+//!   only the number.
+//! - **Generation** is one word. Whoever gives up (a dead peer, a deadline) writes the reason and
+//!   moves g to g + 1 by compare-and-swap; losers take the winner's reason. A rank that starts
+//!   advances it, too. Survivors answer their engines, then wait for announcements of the new one.
+//! - Words hold tags: nothing is reset, and nothing late is taken for something new.
+//!
+//! Late writers are harmless: a rank still at work on a call of generation g reads rows that may
+//! change under it, and what it computes from them goes to ranks that have given that call up; it
+//! announces in g + 1 after it has stopped, and nobody begins g + 1 before that.
+
+use std::fmt;
+use std::hint;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::heap::{HeapLayout, SymmetricHeap};
+use crate::memory::{bytes_of, bytes_of_mut};
+use crate::problem::{ActFormat, Form, WeightsIn};
+
+/// Looks before sleeping: some microseconds. A rank that spins longer starves the one it waits for
+/// where they share cores.
+const SPINS: u32 = 200;
+
+/// Longest sleep between two looks at whether peers live.
+const LIFE_CHECK: Duration = Duration::from_millis(2);
+
+/// Where in a call a rank was waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// For its announcement: its engine had not called, or it was not there.
+    Announce,
+    /// For its terms.
+    Compute,
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// The rank's process is gone.
+    Lost,
+    /// The rank made no progress for as long as the deadline.
+    Deadline,
+    /// The rank has started.
+    Joined,
+    /// The rank sent what no rank of this version sends.
+    Garbled,
+}
+
+/// A call that the group gave up. Other ranks may have its answer already: engines repeat the step
+/// together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupError {
+    /// The generation that began.
+    pub generation: u32,
+    /// Whom it is about.
+    pub rank: u32,
+    /// Where in the call.
+    pub phase: Phase,
+    /// The layer that was called.
+    pub layer: u32,
+    /// Why.
+    pub reason: Reason,
+}
+
+impl fmt::Display for GroupError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { generation, rank, phase, layer, reason } = self;
+        match reason {
+            Reason::Lost => write!(f, "rank {rank} was lost")?,
+            Reason::Deadline => write!(f, "rank {rank} made no progress before the deadline")?,
+            Reason::Joined => write!(f, "rank {rank} started")?,
+            Reason::Garbled => write!(f, "rank {rank} sent a list that cannot be")?,
+        }
+        match phase {
+            Phase::Announce => write!(f, " while its announcement")?,
+            Phase::Compute => write!(f, " while its terms")?,
+        }
+        write!(f, " of layer {layer} were awaited: generation {generation} begins, repeat the step")
+    }
+}
+
+impl std::error::Error for GroupError {}
+
+/// Ranks that call different things.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("rank {first} calls {ours}, rank {second} calls {theirs}: all ranks call the same")]
+pub struct Mismatch {
+    /// The lowest rank that calls.
+    pub first: u32,
+    /// What it calls.
+    pub ours: String,
+    /// The lowest rank that calls something else.
+    pub second: u32,
+    /// What that calls.
+    pub theirs: String,
+}
+
+/// What a rank says of a call before anybody computes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Announcement {
+    pub(crate) layer: u32,
+    pub(crate) form: Form,
+    /// Number of the committed placement of the layer.
+    pub(crate) epoch: u64,
+    pub(crate) tokens: u32,
+    pub(crate) top_k: u32,
+    /// It joins by itself: layer and form are what it saw others announce.
+    pub(crate) passive: bool,
+    /// Pairs for each rank.
+    pub(crate) pairs: Vec<u32>,
+}
+
+impl Announcement {
+    fn words(&self) -> [u64; 3] {
+        let act = u64::from(self.form.act == ActFormat::Nvfp4);
+        let place = u64::from(self.form.weights_in == WeightsIn::Combine);
+        let flags = act | place << 1 | u64::from(self.passive) << 2 | u64::from(self.top_k) << 8;
+        [u64::from(self.layer) | u64::from(self.tokens) << 32, flags, self.epoch]
+    }
+
+    fn from_words([call, flags, epoch]: [u64; 3], pairs: Vec<u32>) -> Self {
+        let act = if flags & 1 == 0 { ActFormat::Bf16 } else { ActFormat::Nvfp4 };
+        let weights_in = if flags & 2 == 0 { WeightsIn::Fc1 } else { WeightsIn::Combine };
+        Self {
+            layer: call as u32,
+            form: Form { act, weights_in },
+            epoch,
+            tokens: (call >> 32) as u32,
+            top_k: (flags >> 8) as u32,
+            passive: flags & 4 != 0,
+            pairs,
+        }
+    }
+
+    fn call(&self) -> String {
+        format!("layer {} with {} under epoch {}", self.layer, self.form, self.epoch)
+    }
+}
+
+/// Compares what all ranks announced, the same way on each.
+pub(crate) fn compare(announcements: &[Announcement]) -> Result<(), Mismatch> {
+    let mut callers = (0..).zip(announcements).filter(|(_, a)| !a.passive);
+    let Some((first, ours)) = callers.next() else { return Ok(()) };
+    let same = |a: &Announcement| (a.layer, a.form, a.epoch) == (ours.layer, ours.form, ours.epoch);
+    // A passive rank has its own epoch of the layer.
+    let others = (0..).zip(announcements);
+    let other = others.filter(|(_, a)| !a.passive || a.epoch != ours.epoch).find(|(_, a)| !same(a));
+    match other {
+        None => Ok(()),
+        Some((second, theirs)) => {
+            Err(Mismatch { first, ours: ours.call(), second, theirs: theirs.call() })
+        }
+    }
+}
+
+/// A rank's part in its group.
+#[derive(Debug)]
+pub struct Group {
+    heap: Arc<dyn SymmetricHeap>,
+    deadline: Duration,
+    generation: u32,
+    /// Number of the next call.
+    number: u32,
+}
+
+impl Group {
+    /// Takes part in the group of `heap`; waits for a peer that makes no progress for `deadline`.
+    #[must_use]
+    pub fn new(heap: Arc<dyn SymmetricHeap>, deadline: Duration) -> Self {
+        let mut group = Self { heap, deadline, generation: 0, number: 0 };
+        // Whoever waits for a predecessor of this rank must not wait for this one.
+        let rank = group.heap.rank();
+        group.refresh();
+        while !group.move_on(rank, Phase::Announce, 0, Reason::Joined) {
+            group.refresh();
+        }
+        group.refresh();
+        group
+    }
+
+    /// This rank.
+    #[must_use]
+    pub fn rank(&self) -> u32 {
+        self.heap.rank()
+    }
+
+    /// Ranks of the group.
+    #[must_use]
+    pub fn ranks(&self) -> u32 {
+        self.layout().shape.ranks
+    }
+
+    /// The group's heap.
+    #[must_use]
+    pub fn heap(&self) -> &Arc<dyn SymmetricHeap> {
+        &self.heap
+    }
+
+    pub(crate) fn layout(&self) -> &HeapLayout {
+        self.heap.layout()
+    }
+
+    /// The generation that this rank is in.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// Says whether this rank waits for its engine and joins calls by itself.
+    pub fn set_parked(&self, parked: bool) {
+        self.heap.set_parked(parked);
+    }
+
+    /// What another rank has announced of the next call, if one has.
+    pub(crate) fn pending(&mut self) -> Option<Announcement> {
+        self.refresh();
+        let peers = (0..self.ranks()).filter(|&rank| rank != self.rank());
+        let mut announced = peers.filter(|&rank| self.has_announced(rank));
+        announced.next().map(|rank| self.read_announcement(rank))
+    }
+
+    /// Whether another rank has announced the next call.
+    pub fn is_pending(&mut self) -> bool {
+        self.pending().is_some()
+    }
+
+    /// Announces a call and waits for the announcements of all ranks.
+    pub(crate) fn announce(
+        &mut self,
+        ours: &Announcement,
+    ) -> Result<Vec<Announcement>, GroupError> {
+        self.refresh();
+        let (rank, block) = (self.rank(), self.layout().block(self.number));
+        self.heap.write(rank, block + 8, bytes_of(&ours.words()));
+        self.heap.write(rank, block + 64, bytes_of(&ours.pairs));
+        self.heap.store(rank, block, self.tag());
+        for peer in (0..self.ranks()).filter(|&peer| peer != rank) {
+            self.heap.ring(peer);
+            self.heap.ring_parked(peer);
+        }
+        self.wait(Phase::Announce, ours.layer, |group, peer| group.has_announced(peer))?;
+        Ok((0..self.ranks()).map(|rank| self.read_announcement(rank)).collect())
+    }
+
+    /// Says that this rank has written all its terms, and waits until all have.
+    pub(crate) fn be_done(&mut self, layer: u32) -> Result<(), GroupError> {
+        let (own, tag) = (self.rank(), self.tag());
+        for rank in 0..self.ranks() {
+            self.heap.store(rank, self.layout().done(own), tag);
+            if rank != own {
+                self.heap.ring(rank);
+            }
+        }
+        self.wait(Phase::Compute, layer, |group, peer| {
+            group.heap.load(own, group.layout().done(peer)) == tag
+        })
+    }
+
+    /// The next call is another.
+    pub(crate) fn end_call(&mut self) {
+        self.number = self.number.wrapping_add(1);
+    }
+
+    fn tag(&self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.number)
+    }
+
+    fn has_announced(&self, rank: u32) -> bool {
+        self.heap.load(rank, self.layout().block(self.number)) == self.tag()
+    }
+
+    fn read_announcement(&self, rank: u32) -> Announcement {
+        let block = self.layout().block(self.number);
+        let (mut words, mut pairs) = ([0; 3], vec![0; self.ranks() as usize]);
+        self.heap.read(rank, block + 8, bytes_of_mut(&mut words));
+        self.heap.read(rank, block + 64, bytes_of_mut(&mut pairs));
+        Announcement::from_words(words, pairs)
+    }
+
+    /// Enters the group's generation. That of a group that was just founded is 0, which no tag may
+    /// have; the first rank ends it.
+    fn refresh(&mut self) {
+        let generation = (self.heap.group_word() >> 32) as u32;
+        if generation != self.generation {
+            (self.generation, self.number) = (generation, 0);
+        }
+    }
+
+    /// Waits until `has` holds for every rank.
+    fn wait(
+        &mut self,
+        phase: Phase,
+        layer: u32,
+        has: impl Fn(&Self, u32) -> bool,
+    ) -> Result<(), GroupError> {
+        let (mut since, mut progress) = (Instant::now(), None);
+        let mut looks = 0;
+        loop {
+            let rung = self.heap.rung();
+            let mut missing = (0..self.ranks()).filter(|&rank| !has(self, rank)).peekable();
+            let Some(&first) = missing.peek() else { return Ok(()) };
+            if (self.heap.group_word() >> 32) as u32 != self.generation {
+                return Err(self.given_up());
+            }
+            looks += 1;
+            if looks < SPINS {
+                hint::spin_loop();
+                continue;
+            }
+            let dead = missing.find(|&rank| !self.heap.is_alive(rank));
+            let now = Some(self.progress());
+            if now != progress {
+                (progress, since) = (now, Instant::now());
+            }
+            let why = match dead {
+                Some(rank) => Some((rank, Reason::Lost)),
+                None if since.elapsed() >= self.deadline => Some((first, Reason::Deadline)),
+                None => None,
+            };
+            if let Some((rank, reason)) = why {
+                self.move_on(rank, phase, layer, reason);
+                return Err(self.given_up());
+            }
+            self.heap.sleep(rung, LIFE_CHECK);
+        }
+    }
+
+    /// Gives the call up because of what `rank` sent, unless it was given up before: a rank that is
+    /// at another call already overwrites its list.
+    pub(crate) fn give_up_garbled(&mut self, rank: u32, layer: u32) -> GroupError {
+        self.move_on(rank, Phase::Compute, layer, Reason::Garbled);
+        self.given_up()
+    }
+
+    /// Sum of what all ranks have done, to see whether any does something.
+    fn progress(&self) -> u64 {
+        let words = (0..self.ranks()).map(|rank| self.heap.load(rank, self.layout().progress()));
+        words.fold(0, u64::wrapping_add)
+    }
+
+    /// Ends this rank's generation; false when another rank was first.
+    fn move_on(&mut self, rank: u32, phase: Phase, layer: u32, reason: Reason) -> bool {
+        let seen = self.heap.group_word();
+        if (seen >> 32) as u32 != self.generation {
+            return false;
+        }
+        let next = u64::from(self.generation.wrapping_add(1).max(1)) << 32;
+        let why =
+            rank & 0xff | (phase as u32) << 8 | (reason as u32) << 12 | layer.min(0xffff) << 16;
+        let moved = self.heap.exchange_group_word(seen, next | u64::from(why)).is_ok();
+        if moved {
+            for peer in 0..self.ranks() {
+                self.heap.ring(peer);
+            }
+        }
+        moved
+    }
+
+    /// Enters the next generation, and says why the last one ended.
+    fn given_up(&mut self) -> GroupError {
+        self.refresh();
+        let why = self.heap.group_word() as u32;
+        GroupError {
+            generation: self.generation,
+            rank: why & 0xff,
+            phase: if why >> 8 & 0xf == 0 { Phase::Announce } else { Phase::Compute },
+            layer: why >> 16,
+            reason: match why >> 12 & 0xf {
+                0 => Reason::Lost,
+                1 => Reason::Deadline,
+                2 => Reason::Joined,
+                _ => Reason::Garbled,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::heap::HeapShape;
+    use crate::heap::shm::{Membership, ShmHeap};
+
+    fn announcement(layer: u32, ranks: u32) -> Announcement {
+        let (form, pairs) = (Form::ALL[3], vec![3; ranks as usize]);
+        let (tokens, top_k) = (7, 16);
+        Announcement { layer, form, epoch: 9, tokens, top_k, passive: false, pairs }
+    }
+
+    /// The ranks of a group, in one process.
+    fn group(folder: &std::path::Path, ranks: u32, deadline_ms: u64) -> Vec<Group> {
+        let join = |rank| {
+            let name = "g".to_owned();
+            let membership = Membership { folder: folder.to_owned(), name, rank };
+            let shape = HeapShape { ranks, max_tokens: 1, max_pairs: 1, hidden: 32 };
+            let heap = ShmHeap::join(&membership, shape, &Vec::new()).unwrap();
+            Group::new(Arc::new(heap), Duration::from_millis(deadline_ms))
+        };
+        (0..ranks).map(join).collect()
+    }
+
+    #[test]
+    fn an_announcement_survives_its_words() {
+        for form in Form::ALL {
+            for passive in [false, true] {
+                let ours = Announcement { form, passive, ..announcement(5, 3) };
+                assert_eq!(Announcement::from_words(ours.words(), ours.pairs.clone()), ours);
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_see_what_all_announced_call_after_call() {
+        let folder = tempfile::tempdir().unwrap();
+        let ranks = group(folder.path(), 3, 60_000);
+        thread::scope(|scope| {
+            for rank in ranks {
+                scope.spawn(|| (0..200).fold(rank, call));
+            }
+        });
+    }
+
+    /// One call of three ranks that bring as many tokens as their number.
+    fn call(mut rank: Group, layer: u32) -> Group {
+        let ours = Announcement { tokens: rank.rank(), ..announcement(layer, 3) };
+        let all = rank.announce(&ours).unwrap();
+        assert_eq!(compare(&all), Ok(()));
+        let tokens: Vec<u32> = all.iter().map(|a| a.tokens).collect();
+        assert_eq!(tokens, [0, 1, 2]);
+        assert!(all.iter().all(|a| a.layer == layer));
+        rank.be_done(layer).unwrap();
+        rank.end_call();
+        rank
+    }
+
+    #[test]
+    fn a_mismatch_is_the_same_on_every_rank() {
+        let same = announcement(3, 3);
+        let other = Announcement { layer: 4, ..same.clone() };
+        let passive = Announcement { passive: true, layer: 4, ..same.clone() };
+        assert_eq!(compare(&[same.clone(), passive.clone(), same.clone()]), Ok(()));
+        let mismatch = compare(&[passive, same, other]).unwrap_err();
+        assert_eq!((mismatch.first, mismatch.second), (1, 2));
+        let text = mismatch.to_string();
+        assert!(text.starts_with("rank 1 calls layer 3 with act=nvfp4"), "{text}");
+        let late = Announcement { passive: true, epoch: 8, ..announcement(3, 2) };
+        assert!(compare(&[announcement(3, 2), late]).is_err(), "placements differ");
+    }
+
+    /// After a mismatch nobody waits for the others to be done: the fast announce the next call while
+    /// slow ones still read the announcements of this one. It takes the second block.
+    #[test]
+    fn a_fast_rank_does_not_overwrite_what_slow_ones_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let ranks = group(folder.path(), 4, 5_000);
+        thread::scope(|scope| {
+            for rank in ranks {
+                scope.spawn(|| (0..3_000).fold(rank, mismatched_call));
+            }
+        });
+    }
+
+    fn mismatched_call(mut rank: Group, number: u32) -> Group {
+        let all = rank.announce(&announcement(number + rank.rank(), 4)).unwrap();
+        let layers: Vec<u32> = all.iter().map(|a| a.layer).collect();
+        assert_eq!(layers, [number, number + 1, number + 2, number + 3]);
+        assert!(compare(&all).is_err());
+        rank.end_call();
+        rank
+    }
+
+    #[test]
+    fn a_late_rank_is_named_and_the_group_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut ranks = group(folder.path(), 2, 50);
+        let [zero, one] = &mut ranks[..] else { panic!("two ranks") };
+        let before = one.generation();
+        let error = zero.announce(&announcement(3, 2)).unwrap_err();
+        assert_eq!((error.rank, error.phase, error.layer), (1, Phase::Announce, 3));
+        assert_eq!((error.reason, error.generation), (Reason::Deadline, before + 1));
+        // The late one enters the next generation without a word, and both go on.
+        assert!(!one.is_pending());
+        thread::scope(|scope| {
+            scope.spawn(|| zero.announce(&announcement(4, 2)).unwrap());
+            scope.spawn(|| one.announce(&announcement(4, 2)).unwrap());
+        });
+    }
+
+    #[test]
+    fn a_lost_rank_is_named_at_once_and_may_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut ranks = group(folder.path(), 2, 60_000);
+        let mut zero = ranks.remove(0);
+        drop(ranks);
+        let error = zero.announce(&announcement(3, 2)).unwrap_err();
+        assert_eq!((error.rank, error.reason), (1, Reason::Lost));
+        let generation = error.generation;
+        let name = "g".to_owned();
+        let membership = Membership { folder: folder.path().to_owned(), name, rank: 1 };
+        let shape = HeapShape { ranks: 2, max_tokens: 1, max_pairs: 1, hidden: 32 };
+        let heap = ShmHeap::join(&membership, shape, &Vec::new()).unwrap();
+        let mut one = Group::new(Arc::new(heap), Duration::from_secs(60));
+        assert_eq!(one.generation(), generation + 1);
+        thread::scope(|scope| {
+            scope.spawn(|| zero.announce(&announcement(4, 2)).unwrap());
+            scope.spawn(|| one.announce(&announcement(4, 2)).unwrap());
+        });
+    }
+}

@@ -1,0 +1,140 @@
+//! From a configuration to a rank that is ready: checkpoint, placement, group, device, socket, in
+//! this order, so that whoever can connect is served.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kernels::checkpoint::{Checkpoint, CheckpointError};
+use kernels::cpu::{CpuDevice, CpuOptions, CpuSlots};
+use kernels::device::{Device, LoadError};
+use kernels::group::Group;
+use kernels::heap::HeapShape;
+use kernels::heap::shm::{JoinError, Membership, ShmHeap, Terms};
+use protocol::frame::VERSION;
+
+use crate::Rank;
+use crate::config::{Config, ConfigError, GroupConfig};
+use crate::model::Model;
+use crate::placement::{PlaceError, Placements};
+use crate::socket::Listener;
+use crate::watch::Watch;
+
+/// Why a worker does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A setting that cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A checkpoint that cannot be served.
+    #[error("the model at {} cannot be served", path.display())]
+    Checkpoint {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: CheckpointError,
+    },
+    /// A placement that cannot be.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// A group that cannot be joined.
+    #[error("the group cannot be joined")]
+    Join(#[from] JoinError),
+    /// A device that cannot hold the model.
+    #[error("the device cannot hold the model")]
+    Load(#[from] LoadError),
+    /// A thread that cannot be started.
+    #[error("peers cannot be watched for")]
+    Watch(#[source] io::Error),
+    /// A socket that cannot be listened on.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Rank {
+    /// Loads the model and listens.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start(config: &Config) -> Result<Self, StartError> {
+        let ranks = config.group.as_ref().map_or(1, |group| group.ranks);
+        let options = config.device.cpu(ranks)?;
+        let started = Instant::now();
+        let path = &config.model;
+        let checkpoint = Checkpoint::open(path)
+            .map_err(|source| StartError::Checkpoint { path: path.clone(), source })?;
+        let model = Model::new(&checkpoint);
+        if let Some(reason) = &model.no_nvfp4 {
+            tracing::warn!(reason, "act=nvfp4 is not served");
+        }
+        let max_tokens = config.engine.max_tokens;
+        let mut device = match &config.group {
+            None => CpuDevice::alone(options, &checkpoint, max_tokens)?,
+            Some(group) => join(group, options, &checkpoint, max_tokens)?,
+        };
+        let heap = Arc::clone(device.group().heap());
+        let watch = config.group.is_some().then(|| Watch::start(&heap)).transpose();
+        let watch = watch.map_err(StartError::Watch)?;
+        let path = &config.engine.socket;
+        let listener = Listener::bind(path)
+            .map_err(|source| StartError::Listen { path: path.clone(), source })?;
+        tracing::info!(
+            model = model.name,
+            layers = model.layers.len(),
+            rank = heap.rank(),
+            ranks,
+            device = device.describe(),
+            socket = %path.display(),
+            loaded_ms = started.elapsed().as_millis(),
+            "ready"
+        );
+        Ok(Self::new(Box::new(device), model, max_tokens, listener, watch))
+    }
+}
+
+/// Loads this rank's slots and joins the group: last, so that nobody waits for a rank that loads.
+fn join(
+    group: &GroupConfig,
+    options: CpuOptions,
+    checkpoint: &Checkpoint,
+    max_tokens: u32,
+) -> Result<CpuDevice, StartError> {
+    let layers = checkpoint.layers();
+    let placements = Placements::new(group, layers)?;
+    let widest = |of: fn(&_) -> u32| layers.iter().map(|layer| of(&layer.shape)).max().unwrap_or(0);
+    let mut slots = CpuSlots::new(options).map_err(LoadError::from)?;
+    for position in 0..layers.len() {
+        slots.load(checkpoint, position, placements.slots(position, group.rank))?;
+    }
+    let shape = HeapShape {
+        ranks: group.ranks,
+        max_tokens,
+        max_pairs: max_tokens.saturating_mul(widest(|shape| shape.top_k)),
+        hidden: widest(|shape| shape.hidden),
+    };
+    let device = |tactic: Option<String>| tactic.unwrap_or_else(|| "by tokens".to_owned());
+    let terms: Terms = [
+        ("protocol version", VERSION.to_string()),
+        ("ranks", group.ranks.to_string()),
+        ("max_tokens", max_tokens.to_string()),
+        ("model digest", checkpoint.digest()),
+        ("placement digest", placements.digest()),
+        ("instruction set", options.chosen_isa().to_string()),
+        ("tactic", device(options.tactic.map(|tactic| tactic.to_string()))),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into();
+    let membership =
+        Membership { folder: group.dir.clone(), name: group.name.clone(), rank: group.rank };
+    let heap = ShmHeap::join(&membership, shape, &terms)?;
+    let deadline = Duration::from_millis(group.deadline_ms);
+    Ok(CpuDevice::new(slots, Group::new(Arc::new(heap), deadline)))
+}
