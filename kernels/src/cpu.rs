@@ -286,7 +286,7 @@ impl Device for CpuDevice {
         let position = self.check(call)?;
         let mut outgoing = std::mem::take(&mut self.outgoing);
         outgoing.clear(self.group.ranks());
-        let read = outgoing.read(call, self.layers[position].shape.experts);
+        let read = outgoing.assignments.read(call, self.layers[position].shape.experts);
         if let Err(refused) = read {
             self.outgoing = outgoing;
             return Err(refused);

@@ -19,6 +19,7 @@ use std::io;
 
 use crate::checkpoint::CheckpointError;
 use crate::cpu::Why;
+use crate::cuda::CudaError;
 use crate::group::{Group, GroupError, Mismatch};
 use crate::memory::SharedMemory;
 use crate::problem::{Form, TOP_K_MAX};
@@ -137,6 +138,12 @@ pub enum CallError {
         /// Pairs there is room for.
         max: u32,
     },
+    /// The device failed; what it says.
+    #[error("the device failed: {reason}")]
+    Device {
+        /// The call that failed, and how.
+        reason: String,
+    },
     /// The ranks of the group called different things; none was answered.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
@@ -174,6 +181,9 @@ pub enum DeviceError {
         #[source]
         source: rayon::ThreadPoolBuildError,
     },
+    /// A GPU that cannot be used.
+    #[error(transparent)]
+    Cuda(CudaError),
     /// A tactic that cannot run a layer here.
     #[error("tactic {tactic} cannot run")]
     Tactic {

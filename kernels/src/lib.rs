@@ -1,6 +1,6 @@
 //! Numerics, checkpoints and devices of an NVFP4 Mixture-of-Experts layer. A leaf: it depends on no
 //! other crate of the workspace, and is where `unsafe` lives (`checkpoint/mapped.rs`, `memory.rs`,
-//! `cpu/simd.rs`). No sockets, no async.
+//! `cpu/simd.rs`, `cuda/compile.rs`, `cuda/launch.rs`). No sockets, no async.
 #![warn(missing_docs)]
 #![expect(
     clippy::cast_possible_truncation,
@@ -8,8 +8,10 @@
     reason = "numerics: narrowing conversions are the subject of this crate"
 )]
 
+mod assignments;
 pub mod checkpoint;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod expert;
 pub mod group;

@@ -2,7 +2,6 @@
 
 use anyhow::{Context, Result, ensure};
 use half::bf16;
-use kernels::cpu::CpuDevice;
 use kernels::device::{CallOffsets, Device, LayerCall};
 use kernels::memory::SharedMemory;
 use kernels::problem;
@@ -38,7 +37,7 @@ pub fn through(
 
 /// Runs `inputs` through one layer of a device in this process; returns bf16 bits.
 pub fn in_process(
-    device: &mut CpuDevice,
+    device: &mut dyn Device,
     layer: u32,
     variant: Variant,
     inputs: &Inputs,

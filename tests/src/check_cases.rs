@@ -29,6 +29,9 @@ pub(crate) struct Options {
     /// Instructions of the CPU device: scalar, avx2 or avx512; the fastest otherwise.
     #[arg(long)]
     isa: Option<Isa>,
+    /// What computes: cpu or cuda.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Ranks of the group that answers; every case runs with experts in order and with a random
     /// placement that has replicas.
     #[arg(long, default_value_t = 1)]
@@ -70,6 +73,8 @@ impl Tally {
 pub(crate) fn run(options: &Options) -> Result<bool> {
     ensure!(options.ranks > 0, "--ranks is 0, expected at least 1");
     let both = options.in_process && options.ranks > 1;
+    let elsewhere = options.in_process && options.device != "cpu";
+    ensure!(!elsewhere, "--in-process is the cpu device, --device asks for {}", options.device);
     ensure!(!both, "--in-process is one rank, --ranks asks for {}", options.ranks);
     let mut tally = Tally::default();
     for dir in case::find(&options.dir)? {
@@ -135,7 +140,8 @@ enum Server {
 fn open(dir: &Path, options: &Options, place: Place) -> Result<(Case, Server)> {
     let case = Case::open(dir)?;
     let isa = options.isa.map(|isa| isa.to_string());
-    let arguments: Vec<&str> = isa.iter().flat_map(|isa| ["--isa", isa.as_str()]).collect();
+    let mut arguments: Vec<&str> = isa.iter().flat_map(|isa| ["--isa", isa.as_str()]).collect();
+    arguments.extend(["--device", &options.device]);
     if options.ranks > 1 {
         let placement = matches!(place, Place::Random).then(|| placement(dir, options.ranks));
         let spec = Spec {
@@ -188,7 +194,7 @@ fn answer(server: &mut Server, variant: Variant, inputs: &Inputs) -> Result<Vec<
         }
         Server::Device { device, checkpoint, layer } => {
             checkpoint.check_act(attach(variant, 0).act.to_string().parse()?)?;
-            in_process(device, *layer, variant, inputs)
+            in_process(&mut **device, *layer, variant, inputs)
         }
     }
 }

@@ -20,6 +20,9 @@ pub(crate) struct Options {
     /// Seconds of replay, half of them for each activation format.
     #[arg(long, default_value_t = 10.0)]
     seconds: f64,
+    /// What computes: cpu or cuda.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// A short run: two seconds.
     #[arg(long)]
     once: bool,
@@ -30,7 +33,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     ensure!(seconds > 0.0 && seconds.is_finite(), "--seconds is {seconds}, expected more than 0");
     let mut out = io::stdout();
     let variants = [false, true].map(|nvfp4| Variant { nvfp4, weights_in_combine: false });
-    let worker = Worker::start(&options.dir.join("model-nvfp4"), &[])?;
+    let worker = Worker::start(&options.dir.join("model-nvfp4"), &["--device", &options.device])?;
     let mut reports = Vec::new();
     for variant in variants {
         let mut replay = Replay::open(&options.dir, variant)?;

@@ -7,9 +7,11 @@ use std::fs;
 use std::io;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::thread::available_parallelism;
 
 use kernels::cpu::{CpuOptions, CpuTactic, Isa};
+use kernels::cuda::{CudaOptions, default_cache};
 use kernels::heap::RANKS_MAX;
 use kernels::heap::shm::default_folder;
 use serde::{Deserialize, Serialize};
@@ -61,9 +63,16 @@ pub struct EngineConfig {
     pub max_tokens: u32,
 }
 
-/// How the processor is used.
+/// Which device, and how it is used.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct DeviceConfig {
+    /// The device.
+    pub kind: DeviceKind,
+    /// Number of the GPU.
+    pub gpu: usize,
+    /// Folder of compiled device code; the user's cache by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cubin_cache: Option<PathBuf>,
     /// Threads; 0 takes this rank's share of the cores.
     pub threads: usize,
     /// Instructions; by default the fastest there are.
@@ -72,6 +81,29 @@ pub struct DeviceConfig {
     /// One tactic for every call, by name; by default each expert gets one by its tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tactic: Option<String>,
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// This processor.
+    #[default]
+    Cpu,
+    /// A Hopper GPU.
+    Cuda,
+}
+
+impl FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err(format!("{name:?} is no device, expected cpu or cuda")),
+        }
+    }
 }
 
 /// What is logged, to standard error.
@@ -198,6 +230,12 @@ pub struct GroupSettings {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceSettings {
+    /// See [`DeviceConfig::kind`].
+    pub kind: Option<DeviceKind>,
+    /// See [`DeviceConfig::gpu`].
+    pub gpu: Option<usize>,
+    /// See [`DeviceConfig::cubin_cache`].
+    pub cubin_cache: Option<PathBuf>,
     /// See [`DeviceConfig::threads`].
     pub threads: Option<usize>,
     /// See [`DeviceConfig::isa`].
@@ -248,10 +286,18 @@ impl Settings {
             return Err(ConfigError::Value { key, value, expected: format!("1 to {TOKENS_MAX}") });
         }
         let device = DeviceConfig {
+            kind: self.device.kind.or(file.device.kind).unwrap_or_default(),
+            gpu: self.device.gpu.or(file.device.gpu).unwrap_or(0),
+            cubin_cache: self.device.cubin_cache.or(file.device.cubin_cache),
             threads: self.device.threads.or(file.device.threads).unwrap_or(0),
             isa: self.device.isa.or(file.device.isa),
             tactic: self.device.tactic.or(file.device.tactic),
         };
+        if device.kind == DeviceKind::Cuda && group.is_some() {
+            let (key, value) = ("device.kind", "cuda".to_owned());
+            let expected = "cpu in a group: GPUs serve alone for now".to_owned();
+            return Err(ConfigError::Value { key, value, expected });
+        }
         let filter = self.log.filter.or(file.log.filter).unwrap_or_else(|| "info".to_owned());
         let format = self.log.format.or(file.log.format).unwrap_or_default();
         let log = LogConfig { filter, format };
@@ -298,6 +344,13 @@ impl GroupSettings {
 }
 
 impl DeviceConfig {
+    /// The options of the CUDA device.
+    #[must_use]
+    pub fn cuda(&self) -> CudaOptions {
+        let cache = self.cubin_cache.clone().unwrap_or_else(default_cache);
+        CudaOptions { gpu: self.gpu, cache }
+    }
+
     /// The options of the CPU device, on a host that `ranks` ranks share.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ pub(crate) fn refusal(error: CallError) -> Refusal {
             Refusal::Weight { token, place, weight: weight.to_string() }
         }
         CallError::Pairs { tokens, top_k, max } => Refusal::Pairs { tokens, top_k, max },
+        CallError::Device { reason } => Refusal::Device { reason },
         CallError::Mismatch(mismatch) => Refusal::Mismatch { reason: mismatch.to_string() },
         CallError::Group(error) => Refusal::Group {
             generation: error.generation,
@@ -51,6 +52,7 @@ mod tests {
             CallError::DuplicateExpert { token: 1, id: 4, first: 0, second: 3 },
             CallError::Weight { token: 5, place: 1, weight: f32::NAN },
             CallError::NoInputScale { layer: 3 },
+            CallError::Device { reason: "gate_up failed".to_owned() },
             CallError::Pairs { tokens: 9, top_k: 16, max: 64 },
             CallError::Mismatch(Mismatch {
                 first: 0,
@@ -67,7 +69,7 @@ mod tests {
             }),
         ];
         for error in errors {
-            assert_eq!(refusal(error.clone()).to_string(), error.to_string());
+            assert_eq!(refusal(error.clone()).to_string(), error.to_string(), "{error:?}");
         }
     }
 }

@@ -14,8 +14,8 @@ use signal_hook::low_level::pipe;
 use tracing_subscriber::EnvFilter;
 use worker::Rank;
 use worker::config::{
-    Config, ConfigError, DeviceSettings, EngineSettings, GroupSettings, LogConfig, LogFormat,
-    LogSettings, Settings,
+    Config, ConfigError, DeviceKind, DeviceSettings, EngineSettings, GroupSettings, LogConfig,
+    LogFormat, LogSettings, Settings,
 };
 
 /// Exit code of a configuration that cannot be used (sysexits' EX_USAGE).
@@ -78,6 +78,15 @@ struct Options {
     /// File with the expert of every slot, JSON [layer][slot].
     #[arg(long)]
     placement: Option<PathBuf>,
+    /// What computes: cpu or cuda.
+    #[arg(long)]
+    device: Option<DeviceKind>,
+    /// Number of the GPU.
+    #[arg(long)]
+    gpu: Option<usize>,
+    /// Folder of compiled device code; the user's cache by default.
+    #[arg(long)]
+    cubin_cache: Option<PathBuf>,
     /// Threads of the CPU device; 0 takes this rank's share of the cores.
     #[arg(long)]
     threads: Option<usize>,
@@ -113,7 +122,14 @@ impl Options {
                 slots_per_rank: self.slots_per_rank,
                 placement: self.placement,
             },
-            device: DeviceSettings { threads, isa, tactic },
+            device: DeviceSettings {
+                kind: self.device,
+                gpu: self.gpu,
+                cubin_cache: self.cubin_cache,
+                threads,
+                isa,
+                tactic,
+            },
             log: LogSettings { filter: log, format },
         };
         let config = options.over(file)?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use kernels::checkpoint::{Checkpoint, CheckpointError};
 use kernels::cpu::{CpuDevice, CpuOptions, CpuSlots};
+use kernels::cuda::CudaDevice;
 use kernels::device::{Device, LoadError};
 use kernels::group::Group;
 use kernels::heap::HeapShape;
@@ -15,7 +16,7 @@ use kernels::heap::shm::{JoinError, Membership, ShmHeap, Terms};
 use protocol::frame::VERSION;
 
 use crate::Rank;
-use crate::config::{Config, ConfigError, GroupConfig};
+use crate::config::{Config, ConfigError, DeviceKind, GroupConfig};
 use crate::model::Model;
 use crate::placement::{PlaceError, Placements};
 use crate::socket::Listener;
@@ -76,9 +77,14 @@ impl Rank {
             tracing::warn!(reason, "act=nvfp4 is not served");
         }
         let max_tokens = config.engine.max_tokens;
-        let mut device = match &config.group {
-            None => CpuDevice::alone(options, &checkpoint, max_tokens)?,
-            Some(group) => join(group, options, &checkpoint, max_tokens)?,
+        let mut device: Box<dyn Device> = match (&config.group, config.device.kind) {
+            (None, DeviceKind::Cpu) => {
+                Box::new(CpuDevice::alone(options, &checkpoint, max_tokens)?)
+            }
+            (None, DeviceKind::Cuda) => {
+                Box::new(CudaDevice::alone(&config.device.cuda(), &checkpoint)?)
+            }
+            (Some(group), _) => Box::new(join(group, options, &checkpoint, max_tokens)?),
         };
         let heap = Arc::clone(device.group().heap());
         let watch = config.group.is_some().then(|| Watch::start(&heap)).transpose();
@@ -96,7 +102,7 @@ impl Rank {
             loaded_ms = started.elapsed().as_millis(),
             "ready"
         );
-        Ok(Self::new(Box::new(device), model, max_tokens, listener, watch))
+        Ok(Self::new(device, model, max_tokens, listener, watch))
     }
 }
 

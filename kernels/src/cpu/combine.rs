@@ -26,14 +26,14 @@ impl CpuDevice {
         let (heap, layout, rank) = (self.group.heap(), self.group.layout(), self.group.rank());
         let hidden = layer.shape.hidden;
         let top_k = call.top_k as usize;
-        let parallel = s.is_parallel(outgoing.ids.len(), &layer.shape);
+        let parallel = s.is_parallel(outgoing.assignments.ids.len(), &layer.shape);
         let firsts = (0..call.tokens).step_by(TOKENS_PER_TASK as usize).collect();
         s.for_each(&self.pool, parallel, firsts, |first: u32, scratch| {
             let (terms, sums) = scratch.combine_rows(hidden as usize);
             for token in first..call.tokens.min(first + TOKENS_PER_TASK) {
                 let places = token as usize * top_k..(token as usize + 1) * top_k;
-                let ids = outgoing.ids[places.clone()].iter();
-                let weights = outgoing.weights[places].iter();
+                let ids = outgoing.assignments.ids[places.clone()].iter();
+                let weights = outgoing.assignments.weights[places].iter();
                 sums.fill(0.0);
                 for (place, (_, weight)) in (0..).zip(ids.zip(weights)).filter(|p| *p.1.0 >= 0) {
                     let at = TermAt { token, place, top_k: call.top_k, hidden };

@@ -1,12 +1,12 @@
-//! The ends of a call where data changes ranks. The source checks ids and weights, picks a replica
-//! for every pair, and lays rows and lists out in its own region of the heap; the experts' ranks
+//! The ends of a call where data changes ranks. The source picks a replica for every pair, and lays rows and lists out in its own region of the heap; the experts' ranks
 //! read their parts of the lists, and the rows that these name.
 
 use half::bf16;
 
 use super::compute::{Scratch, chunks_of};
 use super::{CpuDevice, Layer};
-use crate::device::{CallError, LayerCall};
+use crate::assignments::Assignments;
+use crate::device::LayerCall;
 use crate::group::Announcement;
 use crate::heap::row_bytes;
 use crate::memory::{bytes_of, bytes_of_mut};
@@ -32,16 +32,10 @@ pub(super) struct Pair {
     pub(super) weight: f32,
 }
 
-/// What the engine brings to a call: read, checked and routed. Kept from call to call for its memory
-/// alone.
+/// What the engine brings to a call, routed. Kept from call to call for its memory alone.
 #[derive(Debug, Default)]
 pub(super) struct Outgoing {
-    /// `[T, k]`; -1 where there is no expert.
-    pub(super) ids: Vec<i32>,
-    /// `[T, k]`; finite wherever there is an expert.
-    pub(super) weights: Vec<f32>,
-    /// For every expert, the last token that it was seen with, counted from 1.
-    seen: Vec<u32>,
+    pub(super) assignments: Assignments,
     /// List entries for each rank, by token: `[token, slot | place << 16, weight, 0]`.
     lists: Vec<Vec<[u32; 4]>>,
 }
@@ -49,30 +43,16 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// Nothing: a rank that joins a call.
     pub(super) fn clear(&mut self, ranks: u32) {
-        self.ids.clear();
-        self.weights.clear();
+        self.assignments.clear();
         self.lists.resize(ranks as usize, Vec::new());
         self.lists.iter_mut().for_each(Vec::clear);
-    }
-
-    /// Reads and checks a call's ids and weights. What stands beside id -1 is ignored.
-    pub(super) fn read(&mut self, call: &LayerCall<'_>, experts: u32) -> Result<(), CallError> {
-        let places = call.tokens as usize * call.top_k as usize;
-        self.ids.resize(places, 0);
-        self.weights.resize(places, 0.0);
-        call.buffer.read(call.offsets.topk_ids, &mut self.ids);
-        call.buffer.read(call.offsets.topk_weights, &mut self.weights);
-        self.seen.clear();
-        self.seen.resize(experts as usize, 0);
-        let top_k = call.top_k as usize;
-        let rows = self.ids.chunks(top_k).zip(self.weights.chunks(top_k));
-        (0..).zip(rows).try_for_each(|(token, row)| check_row(token, row, &mut self.seen))
     }
 
     /// Picks the replica of every pair; each goes to exactly one.
     pub(super) fn route(&mut self, layer: &Layer, source: u32, top_k: u32) {
         let slots_per_rank = layer.experts.len() as u32;
-        for (index, (&id, weight)) in (0..).zip(self.ids.iter().zip(&self.weights)) {
+        let Assignments { ids, weights, .. } = &self.assignments;
+        for (index, (&id, weight)) in (0..).zip(ids.iter().zip(weights)) {
             let Ok(expert) = u32::try_from(id) else { continue };
             let (token, place) = (index / top_k, index % top_k);
             let slot = layer.route.slot(source, token, expert);
@@ -85,33 +65,6 @@ impl Outgoing {
     pub(super) fn counts(&self) -> Vec<u32> {
         self.lists.iter().map(|list| list.len() as u32).collect()
     }
-}
-
-/// Checks one token's places.
-fn check_row(
-    token: u32,
-    (ids, weights): (&[i32], &[f32]),
-    seen: &mut [u32],
-) -> Result<(), CallError> {
-    let last = (seen.len() - 1) as u32;
-    for (place, (&id, &weight)) in (0..).zip(ids.iter().zip(weights)) {
-        if id == -1 {
-            continue;
-        }
-        let expert = usize::try_from(id).unwrap_or(usize::MAX);
-        let Some(seen) = seen.get_mut(expert) else {
-            return Err(CallError::ExpertId { token, place, id, last });
-        };
-        if *seen == token + 1 {
-            let first = ids.iter().position(|&earlier| earlier == id).unwrap_or(0) as u32;
-            return Err(CallError::DuplicateExpert { token, id, first, second: place });
-        }
-        if !weight.is_finite() {
-            return Err(CallError::Weight { token, place, weight });
-        }
-        *seen = token + 1;
-    }
-    Ok(())
 }
 
 /// The pairs of a call that this rank computes, by slot, source, token and place. Kept from call to

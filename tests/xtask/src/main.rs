@@ -3,6 +3,7 @@
 
 mod build;
 mod ci;
+mod gpu_check;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Command {
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     #[command(disable_help_flag = true)]
     CheckCases(Rest),
+    /// Packs programs, data and one script for a machine with a Hopper GPU and no cargo.
+    GpuCheck,
     /// How far each layer of the small trained model is from its unquantised original.
     LayerReport,
 }
@@ -74,6 +77,7 @@ fn run(command: Command) -> Result<bool> {
         }
         Command::E2e { stress } => e2e(stress),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),
+        Command::GpuCheck => gpu_check::run(),
         Command::LayerReport => {
             let data = build::root().join("tests/data/tiny-kjv-moe");
             cases("layer-report", vec![data.into_os_string()])

@@ -87,6 +87,12 @@ pub enum Refusal {
         /// Pairs there is room for.
         max: u32,
     },
+    /// The device failed; further calls may fail, too, until the worker is restarted.
+    #[error("the device failed: {reason}")]
+    Device {
+        /// What failed, and how.
+        reason: String,
+    },
     /// The ranks of the group called different things; none was answered.
     #[error("{reason}")]
     Mismatch {

@@ -1,0 +1,52 @@
+// What a launch gets: one struct, whose twin is Params in kernels/src/cuda/params.rs.
+
+// A few pairs of one expert.
+struct Tile {
+    u32 expert;
+    u32 first;  // position in the pairs
+    u32 count;  // at most TILE_TOKENS
+    u32 reserved;
+};
+
+// One (token, expert) pair; pairs lie by expert.
+struct Pair {
+    u32 token;
+    u32 place;  // token * top_k + place: its term
+    float weight;
+    u32 reserved;
+};
+
+// fp32 products of one expert's scales; the alphas with UNSCALE.
+struct Scalars {
+    float gate_alpha;
+    float up_alpha;
+    float fc2_alpha;
+    float norm_const;
+};
+
+struct Params {
+    const u8* fc1;           // units of every expert, tiles of 8 gate and 8 up rows
+    const u8* fc2;           // units of every expert, tiles of 16 rows
+    const Scalars* scalars;  // [experts]
+    u16* x;                  // bf16 [tokens, hidden]
+    float* y;                // fp32 [pairs, intermediate], act=nvfp4
+    u16* mid;                // bf16 [pairs, intermediate]
+    u16* terms;              // bf16 [tokens * top_k, hidden]
+    u16* out;                // bf16 [tokens, hidden]
+    const Tile* tiles;
+    const Pair* pairs;
+    const int* ids;          // [tokens, top_k]
+    const float* weights;    // [tokens, top_k]
+    u32 tokens;
+    u32 top_k;
+    u32 hidden;
+    u32 intermediate;
+    u32 pair_count;
+    u32 quantised;           // act=nvfp4
+    u32 weights_in_combine;
+    float g;                 // 1 / in13
+    float limit;             // infinite where there is none
+    float alpha;
+    float beta;
+    u32 reserved;
+};

@@ -1,0 +1,270 @@
+//! Derived bytes of an expert on the GPU: the order in which tensor cores take weights
+//! (`kernels/cuda/layout/unit.cuh`). A pure function of the expert's raw bytes.
+//!
+//! A tile is 16 rows; a step is 64 of its columns; a unit is one step, or four where the columns
+//! divide by 256. Lane (g, c) has block c of rows g and g + 8 of each step.
+//!
+//! ```text
+//! unit   codes  [steps][32 lanes][4 words]   word s: elements 4s..4s+3 of row g, and of row g + 8
+//!        scales [32 lanes][steps][2]         of row g, of row g + 8
+//! ```
+
+use crate::expert::{RawExpert, RawProjection};
+use crate::numeric::BLOCK;
+use crate::problem::LayerShape;
+
+/// Rows of a tile.
+pub(super) const TILE_ROWS: usize = 16;
+/// Columns of a step.
+const STEP_COLUMNS: usize = 64;
+/// Blocks of a step: one for each lane of a quarter.
+const STEP_BLOCKS: usize = STEP_COLUMNS / BLOCK;
+const STEP_CODE_BYTES: usize = 512;
+const STEP_SCALE_BYTES: usize = 64;
+const WIDE_STEPS: usize = 4;
+
+/// Exponent of the factor by which what a unit decodes to is too small.
+pub(super) const UNSCALE_EXPONENT: i32 = 38;
+
+/// Where a word has the bits of its eight codes, each as (sign, exponent, exponent, mantissa): pair 0
+/// of row g, pair 0 of row g + 8, pair 1 of row g, pair 1 of row g + 8, the even element in the lower
+/// half. The device brings them to bits 15, 8, 7, 6 of a half by a mask, a shift by 4, a rotation by
+/// 10, and two shifts.
+const CODE_BITS: [[u32; 4]; 8] = [
+    [15, 8, 7, 6],
+    [31, 24, 23, 22],
+    [11, 4, 3, 2],
+    [27, 20, 19, 18],
+    [5, 30, 29, 28],
+    [21, 14, 13, 12],
+    [9, 10, 1, 0],
+    [25, 26, 17, 16],
+];
+
+/// Steps of a matrix with so many columns; the last may be padded with zeros.
+fn steps(columns: usize) -> usize {
+    columns.div_ceil(STEP_COLUMNS)
+}
+
+/// Steps of a unit.
+fn unit_steps(columns: usize) -> usize {
+    if columns.is_multiple_of(WIDE_STEPS * STEP_COLUMNS) { WIDE_STEPS } else { 1 }
+}
+
+/// Bytes of a tile.
+fn tile_bytes(columns: usize) -> usize {
+    steps(columns) * (STEP_CODE_BYTES + STEP_SCALE_BYTES)
+}
+
+/// Bytes of an expert's FC1 and FC2.
+pub(super) fn expert_bytes(layer: &LayerShape) -> [usize; 2] {
+    let (h, i) = (layer.hidden as usize, layer.intermediate as usize);
+    [2 * i / TILE_ROWS * tile_bytes(h), h / TILE_ROWS * tile_bytes(i)]
+}
+
+/// A row of a projection.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    codes: &'a [u8],
+    scales: &'a [u8],
+}
+
+impl<'a> Row<'a> {
+    fn new(raw: &RawProjection<'a>, row: usize) -> Self {
+        let (codes, scales) = (raw.cols / 2, raw.cols / BLOCK);
+        Self {
+            codes: &raw.codes[row * codes..][..codes],
+            scales: &raw.scales[row * scales..][..scales],
+        }
+    }
+
+    /// Code of `column`; zero where the block's scale is, and past the end.
+    fn code(&self, column: usize) -> u32 {
+        let Some(&byte) = self.codes.get(column / 2) else { return 0 };
+        if self.scales[column / BLOCK] & 0x7f == 0 {
+            return 0;
+        }
+        u32::from(byte >> (4 * (column % 2)) & 15)
+    }
+
+    fn scale(&self, block: usize) -> u8 {
+        self.scales.get(block).map_or(0, |&bits| e5m3(bits))
+    }
+}
+
+/// Writes the derived bytes of an expert: a tile of FC1 has 8 rows of gate and the same 8 of up, so
+/// that one lane gets both.
+pub(super) fn derive(expert: &RawExpert<'_>, [fc1, fc2]: [&mut [u8]; 2]) {
+    let RawExpert { gate, up, down } = expert;
+    let half = TILE_ROWS / 2;
+    for (tile, bytes) in fc1.chunks_exact_mut(tile_bytes(gate.cols)).enumerate() {
+        derive_tile(gate.cols, bytes, |row| match row {
+            row if row < half => Row::new(gate, tile * half + row),
+            row => Row::new(up, tile * half + row - half),
+        });
+    }
+    for (tile, bytes) in fc2.chunks_exact_mut(tile_bytes(down.cols)).enumerate() {
+        derive_tile(down.cols, bytes, |row| Row::new(down, tile * TILE_ROWS + row));
+    }
+}
+
+fn derive_tile<'a>(columns: usize, tile: &mut [u8], row: impl Fn(usize) -> Row<'a>) {
+    let rows: [Row<'a>; TILE_ROWS] = std::array::from_fn(row);
+    let wide = unit_steps(columns);
+    let unit_bytes = wide * (STEP_CODE_BYTES + STEP_SCALE_BYTES);
+    for (unit, bytes) in tile.chunks_exact_mut(unit_bytes).enumerate() {
+        let (codes, scales) = bytes.split_at_mut(wide * STEP_CODE_BYTES);
+        let words = codes.as_chunks_mut::<4>().0;
+        for (index, word) in words.iter_mut().enumerate() {
+            let (step, lane, s) = (unit * wide + index / 128, index / 4 % 32, index % 4);
+            let column = step * STEP_COLUMNS + lane % STEP_BLOCKS * BLOCK + 4 * s;
+            let pair = [rows[lane / 4], rows[lane / 4 + 8]];
+            *word = join(|n| pair[n / 2 % 2].code(column + n / 4 * 2 + n % 2)).to_le_bytes();
+        }
+        for (index, scales) in scales.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            let (lane, step) = (index / wide, unit * wide + index % wide);
+            let block = step * STEP_BLOCKS + lane % STEP_BLOCKS;
+            *scales = [rows[lane / 4], rows[lane / 4 + 8]].map(|row| row.scale(block));
+        }
+    }
+}
+
+/// A word of eight codes.
+fn join(code: impl Fn(usize) -> u32) -> u32 {
+    let mut word = 0;
+    for (n, bits) in CODE_BITS.iter().enumerate() {
+        let code = code(n);
+        for (k, bit) in bits.iter().enumerate() {
+            word |= (code >> (3 - k) & 1) << bit;
+        }
+    }
+    word
+}
+
+/// An e4m3 scale as E5M3: exponent E = e + 23 and mantissa, subnormal numbers normalised. What stands
+/// for zero does not matter: its codes are zero.
+fn e5m3(bits: u8) -> u8 {
+    let (exponent, mantissa) = (bits >> 3 & 15, bits & 7);
+    match (exponent, mantissa) {
+        (0, 0) => 0,
+        (0, mantissa) => {
+            // mantissa x 2^-9, with the leading bit at 0, 1 or 2.
+            let leading = mantissa.ilog2() as u8;
+            (14 + leading) << 3 | (mantissa << (3 - leading) & 7)
+        }
+        (exponent, mantissa) => (exponent + 16) << 3 | mantissa,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::numeric::e4m3_decode;
+
+    /// As the device decodes: bits 15, 8, 7, 6 of each half of four words.
+    fn decode(word: u32) -> [u32; 8] {
+        const MASK: u32 = 0x81c0_81c0;
+        let last = word << 6 & 0x80c0_80c0 | word >> 2 & 0x0100_0100;
+        let pairs = [word & MASK, word << 4 & MASK, word.rotate_left(10) & MASK, last];
+        let code = |half: u32| half >> 12 & 8 | half >> 6 & 7;
+        let mut codes = [0; 8];
+        for (pair, codes) in pairs.into_iter().zip(codes.chunks_exact_mut(2)) {
+            codes.copy_from_slice(&[code(pair & 0xffff), code(pair >> 16)]);
+        }
+        codes
+    }
+
+    #[test]
+    fn every_code_in_every_place_survives_its_word() {
+        for n in 0..8 {
+            for value in 0..16 {
+                let word = join(|place| if place == n { value } else { 15 - value });
+                let expected: [u32; 8] =
+                    std::array::from_fn(|place| if place == n { value } else { 15 - value });
+                assert_eq!(decode(word), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn every_scale_is_exact() {
+        for bits in 1..0x7f_u8 {
+            let e5m3 = e5m3(bits);
+            let value = (1.0 + f32::from(e5m3 & 7) / 8.0) * f32::exp2(f32::from(e5m3 >> 3) - 23.0);
+            assert_eq!(value, e4m3_decode(bits), "{bits:#x}");
+        }
+    }
+
+    /// E5M3 has no zero: a block whose scale is zero, of either sign, has zero codes instead.
+    #[test]
+    fn zero_blocks_have_zero_codes() {
+        let (codes, mut scales) = (vec![0x77; 16 * 32], vec![0x38; 16 * 4]);
+        (scales[1], scales[9 * 4 + 2]) = (0, 0x80);
+        let raw = RawProjection {
+            rows: 16,
+            cols: 64,
+            codes: &codes,
+            scales: &scales,
+            weight_scale_2: 1.0,
+            input_scale: None,
+        };
+        let mut tile = vec![0; tile_bytes(64)];
+        derive_tile(64, &mut tile, |row| Row::new(&raw, row));
+        for (row, column) in (0..16 * 64).map(|n| (n / 64, n % 64)) {
+            let zero = [(0, 1), (9, 2)].contains(&(row, column / 16));
+            let (code, _) = element(&tile, 64, row, column);
+            assert_eq!(code, if zero { 0 } else { 7 }, "{row} {column}");
+        }
+    }
+
+    /// Reads the element of a tile back out of its derived bytes: code and scale.
+    fn element(tile: &[u8], columns: usize, row: usize, column: usize) -> (u32, u8) {
+        let wide = unit_steps(columns);
+        let (step, within) = (column / 64, column % 64);
+        let unit = &tile[step / wide * wide * 576..];
+        let lane = row % 8 * 4 + within / 16;
+        let (s, k) = (within % 16 / 4, within % 4);
+        let word = &unit[step % wide * 512 + lane * 16 + s * 4..][..4];
+        let codes = decode(u32::from_le_bytes(word.try_into().unwrap()));
+        let scales = &unit[wide * 512 + (lane * wide + step % wide) * 2..];
+        (codes[k / 2 * 4 + row / 8 * 2 + k % 2], scales[row / 8])
+    }
+
+    /// Odd widths, wide units, and padding: every element of an expert comes back.
+    #[test]
+    fn golden_experts_come_back_from_their_derived_bytes() {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/moe-golden");
+        for case in ["e4_k2_h1568_i64", "e4_k2_h1632_i48", "e7_k2_h256_i512", "tiny_e4_k2_h64_i128"]
+        {
+            let checkpoint = Checkpoint::open(&data.join(case)).unwrap();
+            let shape = checkpoint.layers()[0].shape;
+            let raw = checkpoint.expert(0, 1).unwrap();
+            let [mut fc1, mut fc2] = expert_bytes(&shape).map(|bytes| vec![0; bytes]);
+            derive(&raw, [&mut fc1, &mut fc2]);
+            let check = |bytes: &[u8], derived_row: usize, raw: &RawProjection<'_>, row: usize| {
+                let columns = raw.cols;
+                let tile = &bytes[derived_row / 16 * tile_bytes(columns)..][..tile_bytes(columns)];
+                let expected = Row::new(raw, row);
+                for column in 0..columns {
+                    let (code, scale) = element(tile, columns, derived_row % 16, column);
+                    assert_eq!(code, expected.code(column), "{case} {row} {column}");
+                    assert_eq!(scale, e5m3(expected.scales[column / 16]));
+                }
+                for column in columns..columns.next_multiple_of(64) {
+                    assert_eq!(element(tile, columns, derived_row % 16, column).0, 0);
+                }
+            };
+            for column in 0..shape.intermediate as usize {
+                let gate = column / 8 * 16 + column % 8;
+                check(&fc1, gate, &raw.gate, column);
+                check(&fc1, gate + 8, &raw.up, column);
+            }
+            for row in 0..shape.hidden as usize {
+                check(&fc2, row, &raw.down, row);
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! `gpu-check DIR`: the CUDA device against the golden cases, and against the CPU device on recorded
+//! tokens in batches of every size; each call twice, bit for bit.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use kernels::checkpoint::Checkpoint;
+use kernels::cpu::{CpuDevice, CpuOptions};
+use kernels::cuda::{CudaDevice, CudaOptions, default_cache};
+use kernels::device::Device;
+use reference::compare::Comparison;
+use reference::layer::{Inputs, Variant};
+use tests::call::in_process;
+use tests::case::{self, Case};
+use tests::recorded::Recorded;
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Folder with moe-golden/ and tiny-kjv-moe/, of the form of tests/data.
+    dir: PathBuf,
+    /// Number of the GPU.
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
+    /// Leave the trained model out: for tools under which everything is slow.
+    #[arg(long)]
+    golden_only: bool,
+}
+
+/// Batches of recorded tokens: none a multiple of anything, and tiles that are full.
+const BATCHES: [usize; 9] = [1, 2, 3, 7, 8, 9, 33, 64, 301];
+
+pub(crate) fn run(options: &Options) -> Result<bool> {
+    let cuda = CudaOptions { gpu: options.gpu, cache: default_cache() };
+    let mut out = io::stdout();
+    let mut failed = 0;
+    let mut passed = 0;
+    for dir in case::find(&options.dir.join("moe-golden"))? {
+        for (variant, comparison) in golden(&dir, &cuda).with_context(|| case::name(&dir))? {
+            let passes = comparison.passes(variant);
+            let word = if passes { "pass" } else { "FAIL" };
+            writeln!(out, "{:<28} {variant} {comparison}: {word}", case::name(&dir))?;
+            *(if passes { &mut passed } else { &mut failed }) += 1;
+        }
+    }
+    let model = (!options.golden_only).then(|| options.dir.join("tiny-kjv-moe"));
+    for (what, worst, same) in model.map_or(Ok(Vec::new()), |dir| batches(&dir, &cuda))? {
+        writeln!(out, "{what}: worst relative error beside the cpu device {worst:.2e}")?;
+        *(if same { &mut passed } else { &mut failed }) += 1;
+    }
+    writeln!(out, "{passed} passed, {failed} failed")?;
+    Ok(failed == 0 && passed > 0)
+}
+
+fn golden(dir: &Path, cuda: &CudaOptions) -> Result<Vec<(Variant, Comparison)>> {
+    let (case, checkpoint) = (Case::open(dir)?, Checkpoint::open(dir)?);
+    let mut device = CudaDevice::alone(cuda, &checkpoint)?;
+    let compare = |variant| {
+        let output = twice(&mut device, 0, variant, &case.inputs)?;
+        Ok((variant, Comparison::new(&output, &case.expected(variant)?)))
+    };
+    Variant::ALL.into_iter().map(compare).collect()
+}
+
+/// One call, made twice.
+fn twice(
+    device: &mut dyn Device,
+    layer: u32,
+    variant: Variant,
+    inputs: &Inputs,
+) -> Result<Vec<u16>> {
+    let first = in_process(device, layer, variant, inputs)?;
+    let second = in_process(device, layer, variant, inputs)?;
+    ensure!(first == second, "layer {layer} {variant}: two calls differ in bits");
+    Ok(first)
+}
+
+/// Every layer and variant of the trained model: near the CPU device, and the same bits for a row in
+/// every batch.
+fn batches(dir: &Path, cuda: &CudaOptions) -> Result<Vec<(String, f64, bool)>> {
+    let checkpoint = Checkpoint::open(&dir.join("model-nvfp4"))?;
+    let recorded = Recorded::open(&dir.join("recorded.safetensors"))?;
+    let mut gpu = CudaDevice::alone(cuda, &checkpoint)?;
+    let mut cpu = CpuDevice::alone(CpuOptions::default(), &checkpoint, 1 << 16)?;
+    let mut lines = Vec::new();
+    for layer in recorded.layers()? {
+        for variant in Variant::ALL {
+            let whole = twice(&mut gpu, layer.number, variant, &layer.inputs)?;
+            let expected = in_process(&mut cpu, layer.number, variant, &layer.inputs)?;
+            let comparison = Comparison::new(&whole, &expected);
+            let mut same = comparison.passes(variant);
+            for tokens in BATCHES {
+                let rows = layer.inputs.tokens() - tokens..layer.inputs.tokens();
+                let inputs = layer.inputs.rows(rows.clone());
+                let part = twice(&mut gpu, layer.number, variant, &inputs)?;
+                same &= part == whole[rows.start * inputs.hidden..];
+            }
+            let what = format!("layer {} {variant}", layer.number);
+            lines.push((what, comparison.relative_error, same));
+        }
+    }
+    Ok(lines)
+}
