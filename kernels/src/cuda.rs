@@ -1,7 +1,9 @@
 //! The CUDA device: one rank on a Hopper GPU, from packed weights in the tensor cores' own order
-//! (`units`). This form is right and simple, a kernel for each stage; input and output go through
-//! pinned memory of the host.
+//! (`units`). All experts of a call run in one persistent launch (`kernels/cuda/fused_experts.cuh`),
+//! between a small one that sorts pairs and one that sums terms. Input and output go through pinned
+//! memory of the host.
 
+mod bench;
 mod compile;
 mod launch;
 mod params;
@@ -17,21 +19,33 @@ use cudarc::driver::{CudaContext, CudaFunction, DriverError};
 use cudarc::nvrtc::result::NvrtcError;
 use rayon::prelude::*;
 
+pub use self::bench::{CudaBench, Timing};
 pub use self::compile::default_cache;
 
 use self::launch::{Gpu, Grid, Memory, Pinned};
-use self::params::{Pair, Params, Scalars, TILE_TOKENS, Tile};
+use self::params::{Job, Pair, Params, Scalars};
 use crate::assignments::Assignments;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::device::{CallError, Device, DeviceError, LayerCall, LoadError};
 use crate::group::Group;
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
-use crate::problem::{ActFormat, LayerShape, TOP_K_MAX, WeightsIn};
+use crate::numeric::BLOCK;
+use crate::problem::{ActFormat, Form, LayerShape, TOP_K_MAX, WeightsIn};
 
-/// Threads of a block.
-const THREADS: u32 = 128;
-const WARPS: usize = THREADS as usize / 32;
+/// Threads of a block of simple kernels.
+const THREADS: usize = 128;
+/// Of the kernel that sorts pairs, which also bounds the experts of a layer.
+const ROUTE_THREADS: u32 = 1024;
+/// Of the kernel of the experts: 16 warps that multiply, one that copies.
+const FUSED_THREADS: u32 = 17 * 32;
+/// Its shared memory: four stages of 36,864 bytes of weights and 32 rows of 528 bytes, 16 KiB for the
+/// quantiser, barriers and tasks.
+const FUSED_SHARED: u32 = 4 * (36_864 + 32 * 528) + 16_384 + 4 * (2 * 8 + 32);
+/// Tiles of a row block.
+const BLOCK_TILES: u32 = 16;
+/// Columns that a thread of the last kernel sums.
+const COMBINE_COLUMNS: usize = 8;
 
 /// Which GPU, and where its compiled code is kept.
 #[derive(Debug, Clone)]
@@ -70,6 +84,16 @@ pub enum CudaError {
         major: i32,
         /// Minor number.
         minor: i32,
+    },
+    /// More experts than a kernel sorts.
+    #[error("layer {layer} has {experts} experts, expected at most {max}")]
+    Experts {
+        /// The layer.
+        layer: u32,
+        /// Its experts.
+        experts: u32,
+        /// Most there can be.
+        max: u32,
     },
     /// Memory that the GPU does not have.
     #[error("{bytes} bytes for {what} were refused: {error}")]
@@ -127,33 +151,130 @@ struct Layer {
     fc2: u64,
     /// For each activation format.
     scalars: [u64; 2],
+    lag: u32,
     /// Holds what the addresses point to.
     _memory: (Memory<u8>, Memory<u8>, [Memory<Scalars>; 2]),
 }
 
-/// The kernels of the stages.
+/// The kernels of a call.
 #[derive(Debug)]
 struct Kernels {
     quantise_tokens: CudaFunction,
-    quantise_intermediate: CudaFunction,
-    gate_up: CudaFunction,
-    down: CudaFunction,
+    route: CudaFunction,
+    fused_experts: CudaFunction,
     combine: CudaFunction,
+    multiprocessors: usize,
+}
+
+impl Kernels {
+    fn new(gpu: &Gpu) -> Result<Self, CudaError> {
+        Ok(Self {
+            quantise_tokens: gpu.kernel("quantise_tokens")?,
+            route: gpu.kernel("route")?,
+            fused_experts: gpu.large_kernel("fused_experts", FUSED_SHARED)?,
+            combine: gpu.kernel("combine")?,
+            multiprocessors: gpu.multiprocessors()?,
+        })
+    }
+
+    /// Starts all of a call.
+    fn launch(&self, gpu: &Gpu, params: &Params) -> Result<(), DriverError> {
+        let simple = |x, y| Grid { x, y, threads: THREADS as u32, shared: 0 };
+        let (tokens, hidden) = (params.tokens as usize, params.hidden as usize);
+        if params.quantised != 0 {
+            let blocks = tokens * hidden / BLOCK;
+            gpu.launch(&self.quantise_tokens, simple(blocks.div_ceil(THREADS), 1), params)?;
+        }
+        let route = Grid { x: 1, y: 1, threads: ROUTE_THREADS, shared: 0 };
+        gpu.launch(&self.route, route, params)?;
+        let (threads, shared) = (FUSED_THREADS, FUSED_SHARED);
+        let fused = Grid { x: self.multiprocessors, y: 1, threads, shared };
+        gpu.launch(&self.fused_experts, fused, params)?;
+        let threads = hidden.div_ceil(COMBINE_COLUMNS);
+        gpu.launch(&self.combine, simple(threads.div_ceil(THREADS), tokens), params)
+    }
+
+    /// Jobs by which FC1 runs ahead of FC2: two rounds of the multiprocessors, so that whoever draws
+    /// FC2 of a job does not wait for FC1 of it.
+    fn lag(&self, shape: &LayerShape) -> u32 {
+        let blocks = (shape.intermediate / 8).div_ceil(BLOCK_TILES);
+        (2 * self.multiprocessors as u32).div_ceil(blocks).max(1)
+    }
 }
 
 /// Memory that calls share one after the other.
 #[derive(Debug)]
 struct Workspace {
     x: Memory<u8>,
-    y: Memory<u8>,
     mid: Memory<u8>,
     terms: Memory<u8>,
     out: Memory<u8>,
-    tiles: Memory<Tile>,
+    jobs: Memory<Job>,
+    counters: Memory<u32>,
+    control: Memory<u32>,
     pairs: Memory<Pair>,
     ids: Memory<i32>,
     weights: Memory<f32>,
     pinned: Pinned,
+}
+
+impl Workspace {
+    fn new() -> Self {
+        Self {
+            x: Memory::new("tokens"),
+            mid: Memory::new("the intermediate"),
+            terms: Memory::new("terms"),
+            out: Memory::new("the output"),
+            jobs: Memory::new("jobs"),
+            counters: Memory::new("counters"),
+            control: Memory::new("control words"),
+            pairs: Memory::new("pairs"),
+            ids: Memory::new("ids"),
+            weights: Memory::new("weights"),
+            pinned: Pinned::new(),
+        }
+    }
+
+    /// Everything about a call but its input: `tokens` rows with `top_k` places each.
+    fn params(
+        &mut self,
+        gpu: &Gpu,
+        layer: &Layer,
+        form: Form,
+        (tokens, top_k): (u32, u32),
+    ) -> Result<Params, CudaError> {
+        let LayerShape { hidden, intermediate, swiglu, experts, .. } = layer.shape;
+        let places = tokens as usize * top_k as usize;
+        let rows = tokens as usize * hidden as usize * 2;
+        // Every place may be an expert's only one.
+        Ok(Params {
+            fc1: layer.fc1,
+            fc2: layer.fc2,
+            scalars: layer.scalars[usize::from(form.act == ActFormat::Nvfp4)],
+            x: gpu.grow(&mut self.x, rows)?,
+            mid: gpu.grow(&mut self.mid, places * intermediate as usize * 2)?,
+            terms: gpu.grow(&mut self.terms, places * hidden as usize * 2)?,
+            out: gpu.grow(&mut self.out, rows)?,
+            jobs: gpu.grow(&mut self.jobs, places)?,
+            counters: gpu.grow(&mut self.counters, places)?,
+            control: gpu.grow(&mut self.control, 2)?,
+            pairs: gpu.grow(&mut self.pairs, places)?,
+            ids: gpu.grow(&mut self.ids, places)?,
+            weights: gpu.grow(&mut self.weights, places)?,
+            tokens,
+            top_k,
+            hidden,
+            intermediate,
+            experts,
+            quantised: u32::from(form.act == ActFormat::Nvfp4),
+            weights_in_combine: u32::from(form.weights_in == WeightsIn::Combine),
+            g: layer.in13.map_or(1.0, |in13| 1.0 / in13),
+            limit: swiglu.limit.unwrap_or(f32::INFINITY),
+            alpha: swiglu.alpha,
+            beta: swiglu.beta,
+            lag: layer.lag,
+        })
+    }
 }
 
 /// A rank on a GPU.
@@ -178,29 +299,12 @@ impl CudaDevice {
         let (context, name) = context(options.gpu)?;
         let cubin = compile::cubin(&source::program(), &source::OPTIONS, &options.cache)?;
         let gpu = Gpu::new(context, cubin)?;
-        let kernels = Kernels {
-            quantise_tokens: gpu.kernel("quantise_tokens")?,
-            quantise_intermediate: gpu.kernel("quantise_intermediate")?,
-            gate_up: gpu.kernel("gate_up")?,
-            down: gpu.kernel("down")?,
-            combine: gpu.kernel("combine")?,
-        };
+        let kernels = Kernels::new(&gpu)?;
         let mut layers = Vec::new();
         for position in 0..checkpoint.layers().len() {
-            layers.push(load(&gpu, checkpoint, position)?);
+            layers.push(load(&gpu, &kernels, checkpoint, position)?);
         }
-        let workspace = Workspace {
-            x: Memory::new("tokens"),
-            y: Memory::new("the intermediate"),
-            mid: Memory::new("the intermediate"),
-            terms: Memory::new("terms"),
-            out: Memory::new("the output"),
-            tiles: Memory::new("tiles"),
-            pairs: Memory::new("pairs"),
-            ids: Memory::new("ids"),
-            weights: Memory::new("weights"),
-            pinned: Pinned::new(),
-        };
+        let workspace = Workspace::new();
         let shape = HeapShape { ranks: 1, max_tokens: 0, max_pairs: 0, hidden: 0 };
         let heap = ShmHeap::alone(shape).map_err(LoadError::Device)?;
         let group = Group::new(Arc::new(heap), Duration::MAX);
@@ -224,85 +328,22 @@ impl CudaDevice {
 
     /// Runs a call whose ids and weights are good.
     fn compute(&mut self, call: &LayerCall<'_>, position: usize) -> Result<(), CudaError> {
-        let Self { gpu, kernels, layers, workspace: w, assignments, .. } = self;
+        let Self { gpu, kernels, layers, workspace, assignments, .. } = self;
         let layer = &layers[position];
-        let LayerShape { hidden, intermediate, swiglu, experts, .. } = layer.shape;
-        let (pairs, tiles) = work(assignments, experts, call.top_k);
-        let rows = call.tokens as usize * hidden as usize * 2;
-        let places = call.tokens as usize * call.top_k as usize;
-        call.buffer.read(call.offsets.hidden, gpu.pin(&mut w.pinned, rows)?);
-        let quantised = call.form.act == ActFormat::Nvfp4;
-        let mid = pairs.len() * intermediate as usize;
-        let params = Params {
-            fc1: layer.fc1,
-            fc2: layer.fc2,
-            scalars: layer.scalars[usize::from(quantised)],
-            x: gpu.send(&w.pinned, rows, &mut w.x)?,
-            y: gpu.grow(&mut w.y, if quantised { mid * 4 } else { 0 })?,
-            mid: gpu.grow(&mut w.mid, mid * 2)?,
-            terms: gpu.grow(&mut w.terms, places * hidden as usize * 2)?,
-            out: gpu.grow(&mut w.out, rows)?,
-            tiles: gpu.upload(&tiles, &mut w.tiles)?,
-            pairs: gpu.upload(&pairs, &mut w.pairs)?,
-            ids: gpu.upload(&assignments.ids, &mut w.ids)?,
-            weights: gpu.upload(&assignments.weights, &mut w.weights)?,
-            tokens: call.tokens,
-            top_k: call.top_k,
-            hidden,
-            intermediate,
-            pair_count: pairs.len() as u32,
-            quantised: u32::from(quantised),
-            weights_in_combine: u32::from(call.form.weights_in == WeightsIn::Combine),
-            g: layer.in13.map_or(1.0, |in13| 1.0 / in13),
-            limit: swiglu.limit.unwrap_or(f32::INFINITY),
-            alpha: swiglu.alpha,
-            beta: swiglu.beta,
-            reserved: 0,
-        };
-        let launch = |what: &'static str, kernel, x: usize, y: usize| {
-            let grid = Grid { x, y, threads: THREADS };
-            gpu.launch(kernel, grid, &params)
-                .map_err(|error| CudaError::Driver { call: what, error })
-        };
-        if quantised {
-            let blocks = rows / 2 / 16;
-            let grid = blocks.div_ceil(THREADS as usize);
-            launch("quantise_tokens", &kernels.quantise_tokens, grid, 1)?;
-        }
-        let warps = intermediate as usize / 8;
-        launch("gate_up", &kernels.gate_up, warps.div_ceil(WARPS), tiles.len())?;
-        if quantised {
-            launch("quantise_intermediate", &kernels.quantise_intermediate, 1, tiles.len())?;
-        }
-        let warps = hidden as usize / units::TILE_ROWS;
-        launch("down", &kernels.down, warps.div_ceil(WARPS), tiles.len())?;
-        let columns = (hidden as usize).div_ceil(THREADS as usize);
-        launch("combine", &kernels.combine, columns, call.tokens as usize)?;
-        gpu.fetch(&w.out, rows, &mut w.pinned)?;
-        call.buffer.write(call.offsets.output, &*gpu.pin(&mut w.pinned, rows)?);
+        let rows = call.tokens as usize * layer.shape.hidden as usize * 2;
+        let size = (call.tokens, call.top_k);
+        let params = workspace.params(gpu, layer, call.form, size)?;
+        let Workspace { x, out, ids, weights, pinned, .. } = workspace;
+        call.buffer.read(call.offsets.hidden, gpu.pin(pinned, rows)?);
+        gpu.send(pinned, rows, x)?;
+        gpu.upload(&assignments.ids, ids)?;
+        gpu.upload(&assignments.weights, weights)?;
+        let launched = kernels.launch(gpu, &params);
+        launched.map_err(|error| CudaError::Driver { call: "cuLaunchKernel", error })?;
+        gpu.fetch(out, rows, pinned)?;
+        call.buffer.write(call.offsets.output, &*gpu.pin(pinned, rows)?);
         Ok(())
     }
-}
-
-/// A call's pairs by expert, and their tiles.
-fn work(assignments: &Assignments, experts: u32, top_k: u32) -> (Vec<Pair>, Vec<Tile>) {
-    let mut by_expert: Vec<Vec<Pair>> = vec![Vec::new(); experts as usize];
-    let places = (0..).zip(assignments.ids.iter().zip(&assignments.weights));
-    for (place, (&id, &weight)) in places {
-        let Ok(expert) = usize::try_from(id) else { continue };
-        let token = place / top_k;
-        by_expert[expert].push(Pair { token, place, weight, reserved: 0 });
-    }
-    let mut tiles = Vec::new();
-    let mut first = 0;
-    for (expert, pairs) in (0..).zip(&by_expert) {
-        for chunk in pairs.chunks(TILE_TOKENS) {
-            let count = chunk.len() as u32;
-            tiles.push(Tile { expert, first, count, reserved: 0 });
-            first += count;
-        }
-    }
-    (by_expert.concat(), tiles)
 }
 
 /// Finds the driver, the compiler and the GPU. A missing library would panic later.
@@ -325,9 +366,18 @@ fn context(gpu: usize) -> Result<(Arc<CudaContext>, String), CudaError> {
 }
 
 /// Derives a layer's experts and copies them to the GPU.
-fn load(gpu: &Gpu, checkpoint: &Checkpoint, position: usize) -> Result<Layer, LoadError> {
+fn load(
+    gpu: &Gpu,
+    kernels: &Kernels,
+    checkpoint: &Checkpoint,
+    position: usize,
+) -> Result<Layer, LoadError> {
     let layer = checkpoint.layers()[position];
     let shape = layer.shape;
+    if shape.experts > ROUTE_THREADS {
+        let (experts, max) = (shape.experts, ROUTE_THREADS);
+        return Err(CudaError::Experts { layer: layer.number, experts, max }.into());
+    }
     let [fc1_bytes, fc2_bytes] = units::expert_bytes(&shape);
     let experts = shape.experts as usize;
     let (mut fc1, mut fc2) = (vec![0; fc1_bytes * experts], vec![0; fc2_bytes * experts]);
@@ -368,6 +418,7 @@ fn load(gpu: &Gpu, checkpoint: &Checkpoint, position: usize) -> Result<Layer, Lo
         fc1,
         fc2,
         scalars: scalar_addresses,
+        lag: kernels.lag(&shape),
         _memory: (fc1_memory, fc2_memory, scalars),
     })
 }
@@ -411,19 +462,5 @@ mod tests {
     fn a_machine_without_a_gpu_is_told_of_the_cpu_device() {
         let Err(error) = context(0) else { return };
         assert!(error.to_string().contains("the cpu device works without"), "{error}");
-    }
-
-    #[test]
-    fn pairs_lie_by_expert_in_tiles_of_eight() {
-        let mut assignments = Assignments::default();
-        assignments.ids = [vec![2, -1], vec![0, 2], vec![2, 1]].concat();
-        assignments.ids.extend([2, -1].repeat(8));
-        assignments.weights = (0..22).map(|n| n as f32).collect();
-        let (pairs, tiles) = work(&assignments, 3, 2);
-        let seen: Vec<_> = tiles.iter().map(|t| (t.expert, t.first, t.count)).collect();
-        assert_eq!(seen, [(0, 0, 1), (1, 1, 1), (2, 2, 8), (2, 10, 3)]);
-        let third = pairs[3];
-        assert_eq!((third.token, third.place, third.weight), (1, 3, 3.0));
-        assert_eq!(pairs.len(), 13);
     }
 }

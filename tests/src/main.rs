@@ -3,6 +3,7 @@
 
 mod check_cases;
 mod demo;
+mod gpu_bench;
 mod gpu_check;
 mod group_calls;
 mod layer_report;
@@ -25,6 +26,8 @@ enum Command {
     CheckCases(check_cases::Options),
     /// Serves the small trained checkpoint, replays real activations and verifies every answer.
     Demo(demo::Options),
+    /// Times the CUDA device on layers of public models.
+    GpuBench(gpu_bench::Options),
     /// The CUDA device beside the CPU device and expected outputs, on a machine with a Hopper GPU.
     GpuCheck(gpu_check::Options),
     /// Random calls of a group of ranks, each answer verified.
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::CheckCases(options) => check_cases::run(&options),
         Command::Demo(options) => demo::run(&options).map(|()| true),
+        Command::GpuBench(options) => gpu_bench::run(&options).map(|()| true),
         Command::GpuCheck(options) => gpu_check::run(&options),
         Command::GroupCalls(options) => group_calls::run(&options).map(|()| true),
         Command::LayerReport(options) => layer_report::run(&options).map(|()| true),

@@ -1,10 +1,10 @@
 // What a launch gets: one struct, whose twin is Params in kernels/src/cuda/params.rs.
 
-// A few pairs of one expert.
-struct Tile {
+// Pairs of one expert that stream its weights together: at most JOB_TOKENS.
+struct Job {
     u32 expert;
     u32 first;  // position in the pairs
-    u32 count;  // at most TILE_TOKENS
+    u32 count;
     u32 reserved;
 };
 
@@ -29,24 +29,25 @@ struct Params {
     const u8* fc2;           // units of every expert, tiles of 16 rows
     const Scalars* scalars;  // [experts]
     u16* x;                  // bf16 [tokens, hidden]
-    float* y;                // fp32 [pairs, intermediate], act=nvfp4
     u16* mid;                // bf16 [pairs, intermediate]
     u16* terms;              // bf16 [tokens * top_k, hidden]
     u16* out;                // bf16 [tokens, hidden]
-    const Tile* tiles;
-    const Pair* pairs;
+    Job* jobs;
+    u32* counters;           // [jobs]: tiles of FC1 that are done
+    u32* control;            // jobs there are, next ticket
+    Pair* pairs;
     const int* ids;          // [tokens, top_k]
     const float* weights;    // [tokens, top_k]
     u32 tokens;
     u32 top_k;
     u32 hidden;
     u32 intermediate;
-    u32 pair_count;
+    u32 experts;
     u32 quantised;           // act=nvfp4
     u32 weights_in_combine;
     float g;                 // 1 / in13
     float limit;             // infinite where there is none
     float alpha;
     float beta;
-    u32 reserved;
+    u32 lag;                 // jobs by which FC1 runs ahead of FC2
 };

@@ -1,6 +1,9 @@
 // Weights in the order of the tensor cores (kernels/src/cuda/units.rs writes it): a unit is 16 rows x
 // 64 columns, or x 256 where the columns divide by that.
 //
+// Row blocks of up to 16 tiles (of 16 rows each) stream together: the units of all tiles of a block
+// for the same columns lie side by side.
+//
 //   codes   for each 64 columns 512 bytes: 16 for each lane
 //   scales  for each lane and 64 columns 2 bytes: of row g and of row g + 8
 //
@@ -11,6 +14,7 @@
 constexpr u32 STEP_COLUMNS = 64;
 constexpr u32 STEP_CODE_BYTES = 512;
 constexpr u32 WIDE_STEPS = 4;
+constexpr u32 BLOCK_TILES = 16;
 
 // Bits of a code in a half of a word: sign, exponent, mantissa where bf16 has them.
 constexpr u32 CODE_BITS = 0x81c081c0;
@@ -21,9 +25,15 @@ __device__ inline u32 unit_steps(u32 columns) {
     return columns % (WIDE_STEPS * STEP_COLUMNS) == 0 ? WIDE_STEPS : 1;
 }
 
-// Bytes of 16 rows.
+__device__ inline u32 unit_bytes(u32 columns) {
+    return unit_steps(columns) * (STEP_CODE_BYTES + STEP_COLUMNS);
+}
+
+__device__ inline u32 units_of(u32 columns) { return steps_of(columns) / unit_steps(columns); }
+
+// Bytes of a tile.
 __device__ inline size_t tile_bytes(u32 columns) {
-    return size_t(steps_of(columns)) * (STEP_CODE_BYTES + STEP_COLUMNS);
+    return size_t(units_of(columns)) * unit_bytes(columns);
 }
 
 __device__ inline u32 rotate_left(u32 word, u32 by) { return __funnelshift_l(word, word, by); }

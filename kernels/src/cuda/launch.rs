@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags, CUfunction_attribute};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
     DriverError, LaunchConfig, PinnedHostSlice, PushKernelArg,
@@ -10,12 +11,12 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use super::CudaError;
-use super::params::{Pair, Params, Scalars, Tile};
+use super::params::{Job, Pair, Params, Scalars};
 
 // SAFETY: plain numbers without padding, laid out as the device's twin of the struct.
 unsafe impl DeviceRepr for Params {}
 // SAFETY: as for `Params`.
-unsafe impl DeviceRepr for Tile {}
+unsafe impl DeviceRepr for Job {}
 // SAFETY: as for `Params`.
 unsafe impl DeviceRepr for Pair {}
 // SAFETY: as for `Params`.
@@ -60,6 +61,8 @@ pub(super) struct Grid {
     pub(super) x: usize,
     pub(super) y: usize,
     pub(super) threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub(super) shared: u32,
 }
 
 impl Gpu {
@@ -75,6 +78,56 @@ impl Gpu {
         self.module.load_function(name).map_err(|error| CudaError::Driver { call: name, error })
     }
 
+    /// A kernel that takes more shared memory than the usual 48 KiB.
+    pub(super) fn large_kernel(
+        &self,
+        name: &'static str,
+        shared: u32,
+    ) -> Result<CudaFunction, CudaError> {
+        let kernel = self.kernel(name)?;
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let set = kernel.set_attribute(attribute, shared as i32);
+        set.map_err(|error| CudaError::Driver { call: name, error })?;
+        Ok(kernel)
+    }
+
+    /// Multiprocessors of the GPU.
+    pub(super) fn multiprocessors(&self) -> Result<usize, CudaError> {
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = self.context.attribute(attribute);
+        let failed = |error| CudaError::Driver { call: "cuDeviceGetAttribute", error };
+        Ok(count.map_err(failed)? as usize)
+    }
+
+    /// Microseconds that what `start` starts takes on the GPU.
+    pub(super) fn time(
+        &self,
+        start: impl FnOnce() -> Result<(), DriverError>,
+    ) -> Result<f64, DriverError> {
+        let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
+        let [begin, end] = [self.context.new_event(flags)?, self.context.new_event(flags)?];
+        begin.record(&self.stream)?;
+        start()?;
+        end.record(&self.stream)?;
+        Ok(f64::from(begin.elapsed_ms(&end)?) * 1e3)
+    }
+
+    /// Copies `from` to every part of `to` that is as long.
+    pub(super) fn repeat(
+        &self,
+        from: &Memory<u8>,
+        length: usize,
+        to: &mut Memory<u8>,
+    ) -> Result<(), CudaError> {
+        let failed = |error| CudaError::Driver { call: "weights", error };
+        let (Some(from), Some(to)) = (&from.slice, &mut to.slice) else { return Ok(()) };
+        for part in 0..to.len() / length {
+            let mut part = to.slice_mut(part * length..(part + 1) * length);
+            self.stream.memcpy_dtod(&from.slice(..length), &mut part).map_err(failed)?;
+        }
+        Ok(())
+    }
+
     /// Starts a kernel; an empty grid starts nothing.
     pub(super) fn launch(
         &self,
@@ -88,7 +141,7 @@ impl Gpu {
         let config = LaunchConfig {
             grid_dim: (grid.x as u32, grid.y as u32, 1),
             block_dim: (grid.threads, 1, 1),
-            shared_mem_bytes: 0,
+            shared_mem_bytes: grid.shared,
         };
         let mut launch = self.stream.launch_builder(kernel);
         launch.arg(params);
@@ -138,7 +191,8 @@ impl Gpu {
         Ok(self.address(memory))
     }
 
-    fn address<T>(&self, memory: &Memory<T>) -> u64 {
+    /// Where memory is.
+    pub(super) fn address<T>(&self, memory: &Memory<T>) -> u64 {
         memory.slice.as_ref().map_or(0, |slice| slice.device_ptr(&self.stream).0)
     }
 

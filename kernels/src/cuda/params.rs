@@ -2,13 +2,10 @@
 
 use std::mem::offset_of;
 
-/// Tokens of a tile.
-pub(super) const TILE_TOKENS: usize = 8;
-
-/// A few pairs of one expert.
+/// Pairs of one expert that stream its weights together.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub(super) struct Tile {
+pub(super) struct Job {
     pub(super) expert: u32,
     pub(super) first: u32,
     pub(super) count: u32,
@@ -43,11 +40,12 @@ pub(super) struct Params {
     pub(super) fc2: u64,
     pub(super) scalars: u64,
     pub(super) x: u64,
-    pub(super) y: u64,
     pub(super) mid: u64,
     pub(super) terms: u64,
     pub(super) out: u64,
-    pub(super) tiles: u64,
+    pub(super) jobs: u64,
+    pub(super) counters: u64,
+    pub(super) control: u64,
     pub(super) pairs: u64,
     pub(super) ids: u64,
     pub(super) weights: u64,
@@ -55,17 +53,17 @@ pub(super) struct Params {
     pub(super) top_k: u32,
     pub(super) hidden: u32,
     pub(super) intermediate: u32,
-    pub(super) pair_count: u32,
+    pub(super) experts: u32,
     pub(super) quantised: u32,
     pub(super) weights_in_combine: u32,
     pub(super) g: f32,
     pub(super) limit: f32,
     pub(super) alpha: f32,
     pub(super) beta: f32,
-    pub(super) reserved: u32,
+    pub(super) lag: u32,
 }
 
 // C++ lays these out without padding, in the same order.
-const _: () = assert!(size_of::<Tile>() == 16 && size_of::<Pair>() == 16);
-const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 12 * 8 + 12 * 4);
-const _: () = assert!(offset_of!(Params, tokens) == 96 && offset_of!(Params, beta) == 136);
+const _: () = assert!(size_of::<Job>() == 16 && size_of::<Pair>() == 16);
+const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 13 * 8 + 12 * 4);
+const _: () = assert!(offset_of!(Params, tokens) == 104 && offset_of!(Params, beta) == 144);

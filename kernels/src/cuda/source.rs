@@ -1,15 +1,16 @@
 //! The device code, and what it is compiled with.
 
 /// The files in the order in which they are compiled, as one program without headers.
-const FILES: [(&str, &str); 8] = [
+const FILES: [(&str, &str); 9] = [
     ("numeric.cuh", include_str!("../../cuda/numeric.cuh")),
     ("layout/params.cuh", include_str!("../../cuda/layout/params.cuh")),
     ("layout/unit.cuh", include_str!("../../cuda/layout/unit.cuh")),
-    ("mma/tile.cuh", include_str!("../../cuda/mma/tile.cuh")),
+    ("ptx/async.cuh", include_str!("../../cuda/ptx/async.cuh")),
     ("stage/quantise.cuh", include_str!("../../cuda/stage/quantise.cuh")),
-    ("stage/gate_up.cuh", include_str!("../../cuda/stage/gate_up.cuh")),
-    ("stage/down.cuh", include_str!("../../cuda/stage/down.cuh")),
+    ("stage/route.cuh", include_str!("../../cuda/stage/route.cuh")),
+    ("fused_experts.cuh", include_str!("../../cuda/fused_experts.cuh")),
     ("stage/combine.cuh", include_str!("../../cuda/stage/combine.cuh")),
+    ("bench.cuh", include_str!("../../cuda/bench.cuh")),
 ];
 
 /// Options of the compiler. Products and sums are not contracted: the numerics round each step.

@@ -2,9 +2,11 @@
 //! (`kernels/cuda/layout/unit.cuh`). A pure function of the expert's raw bytes.
 //!
 //! A tile is 16 rows; a step is 64 of its columns; a unit is one step, or four where the columns
-//! divide by 256. Lane (g, c) has block c of rows g and g + 8 of each step.
+//! divide by 256. Lane (g, c) has block c of rows g and g + 8 of each step. Up to 16 tiles make a row
+//! block, which streams as one: the units of its tiles for the same columns lie side by side.
 //!
 //! ```text
+//! matrix [row blocks][units][tiles of the block] unit
 //! unit   codes  [steps][32 lanes][4 words]   word s: elements 4s..4s+3 of row g, and of row g + 8
 //!        scales [32 lanes][steps][2]         of row g, of row g + 8
 //! ```
@@ -22,6 +24,8 @@ const STEP_BLOCKS: usize = STEP_COLUMNS / BLOCK;
 const STEP_CODE_BYTES: usize = 512;
 const STEP_SCALE_BYTES: usize = 64;
 const WIDE_STEPS: usize = 4;
+/// Tiles of a row block.
+const BLOCK_TILES: usize = 16;
 
 /// Exponent of the factor by which what a unit decodes to is too small.
 pub(super) const UNSCALE_EXPONENT: i32 = 38;
@@ -51,9 +55,14 @@ fn unit_steps(columns: usize) -> usize {
     if columns.is_multiple_of(WIDE_STEPS * STEP_COLUMNS) { WIDE_STEPS } else { 1 }
 }
 
+/// Bytes of a unit.
+fn unit_bytes(columns: usize) -> usize {
+    unit_steps(columns) * (STEP_CODE_BYTES + STEP_SCALE_BYTES)
+}
+
 /// Bytes of a tile.
 fn tile_bytes(columns: usize) -> usize {
-    steps(columns) * (STEP_CODE_BYTES + STEP_SCALE_BYTES)
+    steps(columns) / unit_steps(columns) * unit_bytes(columns)
 }
 
 /// Bytes of an expert's FC1 and FC2.
@@ -97,35 +106,39 @@ impl<'a> Row<'a> {
 pub(super) fn derive(expert: &RawExpert<'_>, [fc1, fc2]: [&mut [u8]; 2]) {
     let RawExpert { gate, up, down } = expert;
     let half = TILE_ROWS / 2;
-    for (tile, bytes) in fc1.chunks_exact_mut(tile_bytes(gate.cols)).enumerate() {
-        derive_tile(gate.cols, bytes, |row| match row {
-            row if row < half => Row::new(gate, tile * half + row),
-            row => Row::new(up, tile * half + row - half),
-        });
-    }
-    for (tile, bytes) in fc2.chunks_exact_mut(tile_bytes(down.cols)).enumerate() {
-        derive_tile(down.cols, bytes, |row| Row::new(down, tile * TILE_ROWS + row));
+    derive_matrix(gate.cols, fc1, |tile, row| match row {
+        row if row < half => Row::new(gate, tile * half + row),
+        row => Row::new(up, tile * half + row - half),
+    });
+    derive_matrix(down.cols, fc2, |tile, row| Row::new(down, tile * TILE_ROWS + row));
+}
+
+/// Writes a matrix whose tile `tile` has row `row(tile, 0..16)`.
+fn derive_matrix<'a>(columns: usize, bytes: &mut [u8], row: impl Fn(usize, usize) -> Row<'a>) {
+    let unit = unit_bytes(columns);
+    for (block, bytes) in bytes.chunks_mut(BLOCK_TILES * tile_bytes(columns)).enumerate() {
+        let tiles = bytes.len() / tile_bytes(columns);
+        for tile in 0..tiles {
+            let rows = std::array::from_fn(|n| row(block * BLOCK_TILES + tile, n));
+            let units = bytes.chunks_exact_mut(unit).skip(tile).step_by(tiles);
+            units.enumerate().for_each(|(n, bytes)| derive_unit(columns, n, &rows, bytes));
+        }
     }
 }
 
-fn derive_tile<'a>(columns: usize, tile: &mut [u8], row: impl Fn(usize) -> Row<'a>) {
-    let rows: [Row<'a>; TILE_ROWS] = std::array::from_fn(row);
+fn derive_unit(columns: usize, unit: usize, rows: &[Row<'_>; TILE_ROWS], bytes: &mut [u8]) {
     let wide = unit_steps(columns);
-    let unit_bytes = wide * (STEP_CODE_BYTES + STEP_SCALE_BYTES);
-    for (unit, bytes) in tile.chunks_exact_mut(unit_bytes).enumerate() {
-        let (codes, scales) = bytes.split_at_mut(wide * STEP_CODE_BYTES);
-        let words = codes.as_chunks_mut::<4>().0;
-        for (index, word) in words.iter_mut().enumerate() {
-            let (step, lane, s) = (unit * wide + index / 128, index / 4 % 32, index % 4);
-            let column = step * STEP_COLUMNS + lane % STEP_BLOCKS * BLOCK + 4 * s;
-            let pair = [rows[lane / 4], rows[lane / 4 + 8]];
-            *word = join(|n| pair[n / 2 % 2].code(column + n / 4 * 2 + n % 2)).to_le_bytes();
-        }
-        for (index, scales) in scales.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            let (lane, step) = (index / wide, unit * wide + index % wide);
-            let block = step * STEP_BLOCKS + lane % STEP_BLOCKS;
-            *scales = [rows[lane / 4], rows[lane / 4 + 8]].map(|row| row.scale(block));
-        }
+    let (codes, scales) = bytes.split_at_mut(wide * STEP_CODE_BYTES);
+    for (index, word) in codes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        let (step, lane, s) = (unit * wide + index / 128, index / 4 % 32, index % 4);
+        let column = step * STEP_COLUMNS + lane % STEP_BLOCKS * BLOCK + 4 * s;
+        let pair = [rows[lane / 4], rows[lane / 4 + 8]];
+        *word = join(|n| pair[n / 2 % 2].code(column + n / 4 * 2 + n % 2)).to_le_bytes();
+    }
+    for (index, scales) in scales.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        let (lane, step) = (index / wide, unit * wide + index % wide);
+        let block = step * STEP_BLOCKS + lane % STEP_BLOCKS;
+        *scales = [rows[lane / 4], rows[lane / 4 + 8]].map(|row| row.scale(block));
     }
 }
 
@@ -212,19 +225,22 @@ mod tests {
             input_scale: None,
         };
         let mut tile = vec![0; tile_bytes(64)];
-        derive_tile(64, &mut tile, |row| Row::new(&raw, row));
+        derive_matrix(64, &mut tile, |_, row| Row::new(&raw, row));
         for (row, column) in (0..16 * 64).map(|n| (n / 64, n % 64)) {
             let zero = [(0, 1), (9, 2)].contains(&(row, column / 16));
-            let (code, _) = element(&tile, 64, row, column);
+            let (code, _) = element(&tile, 64, (row, column));
             assert_eq!(code, if zero { 0 } else { 7 }, "{row} {column}");
         }
     }
 
-    /// Reads the element of a tile back out of its derived bytes: code and scale.
-    fn element(tile: &[u8], columns: usize, row: usize, column: usize) -> (u32, u8) {
+    /// Reads an element back out of a matrix's derived bytes: code and scale.
+    fn element(matrix: &[u8], columns: usize, (row, column): (usize, usize)) -> (u32, u8) {
+        let (tile, row) = (row / 16, row % 16);
+        let block = &matrix[tile / 16 * 16 * tile_bytes(columns)..];
+        let tiles = (block.len() / tile_bytes(columns)).min(16);
         let wide = unit_steps(columns);
         let (step, within) = (column / 64, column % 64);
-        let unit = &tile[step / wide * wide * 576..];
+        let unit = &block[(step / wide * tiles + tile % 16) * unit_bytes(columns)..];
         let lane = row % 8 * 4 + within / 16;
         let (s, k) = (within % 16 / 4, within % 4);
         let word = &unit[step % wide * 512 + lane * 16 + s * 4..][..4];
@@ -246,15 +262,14 @@ mod tests {
             derive(&raw, [&mut fc1, &mut fc2]);
             let check = |bytes: &[u8], derived_row: usize, raw: &RawProjection<'_>, row: usize| {
                 let columns = raw.cols;
-                let tile = &bytes[derived_row / 16 * tile_bytes(columns)..][..tile_bytes(columns)];
                 let expected = Row::new(raw, row);
                 for column in 0..columns {
-                    let (code, scale) = element(tile, columns, derived_row % 16, column);
+                    let (code, scale) = element(bytes, columns, (derived_row, column));
                     assert_eq!(code, expected.code(column), "{case} {row} {column}");
                     assert_eq!(scale, e5m3(expected.scales[column / 16]));
                 }
                 for column in columns..columns.next_multiple_of(64) {
-                    assert_eq!(element(tile, columns, derived_row % 16, column).0, 0);
+                    assert_eq!(element(bytes, columns, (derived_row, column)).0, 0);
                 }
             };
             for column in 0..shape.intermediate as usize {

@@ -16,6 +16,7 @@ const PROGRAMS: [&str; 2] = ["moeplane-worker", "moeplane-cases"];
 /// What runs on the other machine; exits with 0 if everything held.
 const SCRIPT: &str = r#"#!/usr/bin/env bash
 # The CUDA device on this machine's GPU 0. Exits with 0 if everything held.
+# PEER=FILE ROUTING=FOLDER: the output of another program for these routings, to be compared with.
 set -uo pipefail
 cd "$(dirname "$0")"
 failed=0
@@ -26,6 +27,7 @@ step() {
 }
 step "against golden cases and the cpu device" ./moeplane-cases gpu-check data
 step "golden cases through worker processes" ./moeplane-cases check-cases data/moe-golden --device cuda
+step "times on layers of public models" ./moeplane-cases gpu-bench ${ROUTING:+--routing "$ROUTING"} ${PEER:+--peer "$PEER"}
 step "demo through a worker process" ./moeplane-cases demo data/tiny-kjv-moe --device cuda --once
 if command -v compute-sanitizer >/dev/null; then
     mkdir -p small/moe-golden
