@@ -1,7 +1,6 @@
 //! The CUDA device: one rank on a Hopper GPU, from packed weights in the tensor cores' own order
-//! (`units`). All experts of a call run in one persistent launch (`kernels/cuda/fused_experts.cuh`),
-//! between a small one that sorts pairs and one that sums terms. Input and output go through pinned
-//! memory of the host.
+//! (`units`). A call is one persistent launch (`kernels/cuda/fused_moe.cu`), after one that quantises
+//! tokens for act=nvfp4. Input and output go through pinned memory of the host.
 
 mod bench;
 mod compile;
@@ -35,17 +34,15 @@ use crate::problem::{ActFormat, Form, LayerShape, TOP_K_MAX, WeightsIn};
 
 /// Threads of a block of simple kernels.
 const THREADS: usize = 128;
-/// Of the kernel that sorts pairs, which also bounds the experts of a layer.
-const ROUTE_THREADS: u32 = 1024;
-/// Of the kernel of the experts: 16 warps that multiply, one that copies.
+/// Most experts of a layer that the kernel sorts pairs for.
+const EXPERTS_MAX: u32 = 1024;
+/// Threads of the kernel of a layer: 16 warps that multiply, one that copies.
 const FUSED_THREADS: u32 = 17 * 32;
 /// Its shared memory: four stages of 36,864 bytes of weights and 32 rows of 528 bytes, 16 KiB for the
 /// quantiser, barriers and tasks.
-const FUSED_SHARED: u32 = 4 * (36_864 + 32 * 528) + 16_384 + 4 * (2 * 8 + 32);
+const FUSED_SHARED: u32 = 4 * (36_864 + 32 * 528) + 16_384 + 4 * 2 * 8 + 5 * (32 + 16 + 32 * 4);
 /// Tiles of a row block.
 const BLOCK_TILES: u32 = 16;
-/// Columns that a thread of the last kernel sums.
-const COMBINE_COLUMNS: usize = 8;
 
 /// Which GPU, and where its compiled code is kept.
 #[derive(Debug, Clone)]
@@ -54,6 +51,8 @@ pub struct CudaOptions {
     pub gpu: usize,
     /// Folder of compiled code.
     pub cache: PathBuf,
+    /// Slower code, of which tools that look for races see all of the order.
+    pub every_lane_arrives: bool,
 }
 
 /// A GPU that cannot be used, or that failed.
@@ -160,9 +159,7 @@ struct Layer {
 #[derive(Debug)]
 struct Kernels {
     quantise_tokens: CudaFunction,
-    route: CudaFunction,
-    fused_experts: CudaFunction,
-    combine: CudaFunction,
+    fused_moe: CudaFunction,
     multiprocessors: usize,
 }
 
@@ -170,28 +167,30 @@ impl Kernels {
     fn new(gpu: &Gpu) -> Result<Self, CudaError> {
         Ok(Self {
             quantise_tokens: gpu.kernel("quantise_tokens")?,
-            route: gpu.kernel("route")?,
-            fused_experts: gpu.large_kernel("fused_experts", FUSED_SHARED)?,
-            combine: gpu.kernel("combine")?,
+            fused_moe: gpu.large_kernel("fused_moe", FUSED_SHARED)?,
             multiprocessors: gpu.multiprocessors()?,
         })
     }
 
     /// Starts all of a call.
     fn launch(&self, gpu: &Gpu, params: &Params) -> Result<(), DriverError> {
-        let simple = |x, y| Grid { x, y, threads: THREADS as u32, shared: 0 };
-        let (tokens, hidden) = (params.tokens as usize, params.hidden as usize);
         if params.quantised != 0 {
-            let blocks = tokens * hidden / BLOCK;
-            gpu.launch(&self.quantise_tokens, simple(blocks.div_ceil(THREADS), 1), params)?;
+            let blocks = params.tokens as usize * params.hidden as usize / BLOCK;
+            let grid = Grid {
+                blocks: blocks.div_ceil(THREADS),
+                threads: THREADS as u32,
+                shared: 0,
+                resident: false,
+            };
+            gpu.launch(&self.quantise_tokens, grid, params)?;
         }
-        let route = Grid { x: 1, y: 1, threads: ROUTE_THREADS, shared: 0 };
-        gpu.launch(&self.route, route, params)?;
-        let (threads, shared) = (FUSED_THREADS, FUSED_SHARED);
-        let fused = Grid { x: self.multiprocessors, y: 1, threads, shared };
-        gpu.launch(&self.fused_experts, fused, params)?;
-        let threads = hidden.div_ceil(COMBINE_COLUMNS);
-        gpu.launch(&self.combine, simple(threads.div_ceil(THREADS), tokens), params)
+        let grid = Grid {
+            blocks: self.multiprocessors,
+            threads: FUSED_THREADS,
+            shared: FUSED_SHARED,
+            resident: true,
+        };
+        gpu.launch(&self.fused_moe, grid, params)
     }
 
     /// Jobs by which FC1 runs ahead of FC2: two rounds of the multiprocessors, so that whoever draws
@@ -216,23 +215,31 @@ struct Workspace {
     ids: Memory<i32>,
     weights: Memory<f32>,
     pinned: Pinned,
+    /// Calls so far, never 0 in a launch.
+    calls: u32,
 }
 
+/// Words that the blocks of a launch share.
+const CONTROL_WORDS: usize = 4;
+
 impl Workspace {
-    fn new() -> Self {
-        Self {
+    fn new(gpu: &Gpu) -> Result<Self, CudaError> {
+        let mut control = Memory::new("control words");
+        gpu.upload(&[0; CONTROL_WORDS], &mut control)?;
+        Ok(Self {
             x: Memory::new("tokens"),
             mid: Memory::new("the intermediate"),
             terms: Memory::new("terms"),
             out: Memory::new("the output"),
             jobs: Memory::new("jobs"),
             counters: Memory::new("counters"),
-            control: Memory::new("control words"),
+            control,
             pairs: Memory::new("pairs"),
             ids: Memory::new("ids"),
             weights: Memory::new("weights"),
             pinned: Pinned::new(),
-        }
+            calls: 0,
+        })
     }
 
     /// Everything about a call but its input: `tokens` rows with `top_k` places each.
@@ -246,6 +253,7 @@ impl Workspace {
         let LayerShape { hidden, intermediate, swiglu, experts, .. } = layer.shape;
         let places = tokens as usize * top_k as usize;
         let rows = tokens as usize * hidden as usize * 2;
+        self.calls = self.calls.wrapping_add(1).max(1);
         // Every place may be an expert's only one.
         Ok(Params {
             fc1: layer.fc1,
@@ -257,7 +265,7 @@ impl Workspace {
             out: gpu.grow(&mut self.out, rows)?,
             jobs: gpu.grow(&mut self.jobs, places)?,
             counters: gpu.grow(&mut self.counters, places)?,
-            control: gpu.grow(&mut self.control, 2)?,
+            control: gpu.address(&self.control),
             pairs: gpu.grow(&mut self.pairs, places)?,
             ids: gpu.grow(&mut self.ids, places)?,
             weights: gpu.grow(&mut self.weights, places)?,
@@ -273,6 +281,8 @@ impl Workspace {
             alpha: swiglu.alpha,
             beta: swiglu.beta,
             lag: layer.lag,
+            call: self.calls,
+            reserved: 0,
         })
     }
 }
@@ -297,14 +307,14 @@ impl CudaDevice {
     /// [`CudaError`] for a machine without such a GPU; what is wrong with block scales.
     pub fn alone(options: &CudaOptions, checkpoint: &Checkpoint) -> Result<Self, LoadError> {
         let (context, name) = context(options.gpu)?;
-        let cubin = compile::cubin(&source::program(), &source::OPTIONS, &options.cache)?;
+        let cubin = compile::cubin(&source::program(), &source::options(options), &options.cache)?;
         let gpu = Gpu::new(context, cubin)?;
         let kernels = Kernels::new(&gpu)?;
         let mut layers = Vec::new();
         for position in 0..checkpoint.layers().len() {
             layers.push(load(&gpu, &kernels, checkpoint, position)?);
         }
-        let workspace = Workspace::new();
+        let workspace = Workspace::new(&gpu)?;
         let shape = HeapShape { ranks: 1, max_tokens: 0, max_pairs: 0, hidden: 0 };
         let heap = ShmHeap::alone(shape).map_err(LoadError::Device)?;
         let group = Group::new(Arc::new(heap), Duration::MAX);
@@ -374,8 +384,8 @@ fn load(
 ) -> Result<Layer, LoadError> {
     let layer = checkpoint.layers()[position];
     let shape = layer.shape;
-    if shape.experts > ROUTE_THREADS {
-        let (experts, max) = (shape.experts, ROUTE_THREADS);
+    if shape.experts > EXPERTS_MAX {
+        let (experts, max) = (shape.experts, EXPERTS_MAX);
         return Err(CudaError::Experts { layer: layer.number, experts, max }.into());
     }
     let [fc1_bytes, fc2_bytes] = units::expert_bytes(&shape);

@@ -47,7 +47,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             *model.with_context(|| format!("{name} is no model of this list"))?;
         let swiglu = Swiglu::default();
         let shape = LayerShape { experts, top_k, hidden, intermediate, swiglu };
-        let cuda = CudaOptions { gpu: options.gpu, cache: default_cache() };
+        let cuda =
+            CudaOptions { gpu: options.gpu, cache: default_cache(), every_lane_arrives: false };
         let mut bench = CudaBench::new(&cuda, shape)?;
         for &tokens in &options.tokens {
             let ids = ids(options.routing.as_deref(), name, tokens, &shape)?;

@@ -25,13 +25,20 @@ pub(crate) struct Options {
     /// Leave the trained model out: for tools under which everything is slow.
     #[arg(long)]
     golden_only: bool,
+    /// Compile the code of which tools that look for races see all of the order.
+    #[arg(long)]
+    every_lane_arrives: bool,
 }
 
 /// Batches of recorded tokens: none a multiple of anything, and tiles that are full.
 const BATCHES: [usize; 9] = [1, 2, 3, 7, 8, 9, 33, 64, 301];
 
 pub(crate) fn run(options: &Options) -> Result<bool> {
-    let cuda = CudaOptions { gpu: options.gpu, cache: default_cache() };
+    let cuda = CudaOptions {
+        gpu: options.gpu,
+        cache: default_cache(),
+        every_lane_arrives: options.every_lane_arrives,
+    };
     let mut out = io::stdout();
     let mut failed = 0;
     let mut passed = 0;

@@ -16,6 +16,14 @@ struct Pair {
     u32 reserved;
 };
 
+// Words that the blocks of a launch share.
+enum Control : u32 {
+    JOBS,      // how many there are
+    TICKETS,   // drawn beyond the first of each block
+    FINISHED,  // maths warps that have written their last term
+    ROUTED,    // the call whose jobs are there
+};
+
 // fp32 products of one expert's scales; the alphas with UNSCALE.
 struct Scalars {
     float gate_alpha;
@@ -34,7 +42,7 @@ struct Params {
     u16* out;                // bf16 [tokens, hidden]
     Job* jobs;
     u32* counters;           // [jobs]: tiles of FC1 that are done
-    u32* control;            // jobs there are, next ticket
+    u32* control;            // see the words of Control
     Pair* pairs;
     const int* ids;          // [tokens, top_k]
     const float* weights;    // [tokens, top_k]
@@ -50,4 +58,6 @@ struct Params {
     float alpha;
     float beta;
     u32 lag;                 // jobs by which FC1 runs ahead of FC2
+    u32 call;                // a number that the call before did not have
+    u32 reserved;
 };

@@ -7,8 +7,8 @@
 //   codes   for each 64 columns 512 bytes: 16 for each lane
 //   scales  for each lane and 64 columns 2 bytes: of row g and of row g + 8
 //
-// Lane (g, c) = (lane / 4, lane % 4) has the whole block c of rows g and g + 8: word s holds the
-// elements 4s to 4s + 3 of both. A scale is E5M3 with exponent E = e + 23; what it scales is too
+// Lane (g, c) = (lane / 4, lane % 4) has the whole block c of rows g and g + 8: words 2s and 2s + 1
+// hold the elements 8s to 8s + 7 of both. A scale is E5M3 with exponent E = e + 23; what it scales is too
 // small by 2^38, which the alphas make good. A block whose scale is zero has zero codes.
 
 constexpr u32 STEP_COLUMNS = 64;
@@ -44,14 +44,22 @@ __device__ inline u32 multiply(u32 a, u32 b) {
     return product;
 }
 
-// E5M3 as a pair of bf16.
-__device__ inline u32 scale_pair(u32 byte) { return (0x6000u | byte << 4) * 0x10001u; }
+// Byte `at` of a word of E5M3 scales, as a pair of equal bf16.
+__device__ inline u32 scale_pair(u32 scales, u32 at) {
+    return __byte_perm(scales, 0, at | 4 << 4 | at << 8 | 4 << 12) * 16 + 0x60006000u;
+}
 
-// The A fragment of one word: rows g and g + 8, elements 4s and 4s + 1, then 4s + 2 and 4s + 3.
-__device__ inline void decode(u32 word, u32 low, u32 high, u32 (&a)[4]) {
-    u32 last = (word << 6 & 0x80c080c0u) | (word >> 2 & 0x01000100u);
-    a[0] = multiply(word & CODE_BITS, low);
-    a[1] = multiply(word << 4 & CODE_BITS, high);
-    a[2] = multiply(rotate_left(word, 10) & CODE_BITS, low);
-    a[3] = multiply(last, high);
+// The A fragments of two words: rows g and g + 8, elements 4s and 4s + 1, then 4s + 2 and 4s + 3. What
+// does not fit one word's masks lies in both (kernels/src/cuda/units.rs has the bits).
+__device__ inline void decode(u32 even, u32 odd, u32 low, u32 high, u32 (&a)[2][4]) {
+    constexpr u32 FROM_EVEN = 0x80c180c1;
+    const u32 rest = rotate_left(even, 6) & FROM_EVEN | rotate_left(odd, 8) & ~FROM_EVEN;
+    a[0][0] = multiply(even & CODE_BITS, low);
+    a[0][1] = multiply(even << 4 & CODE_BITS, high);
+    a[0][2] = multiply(rotate_left(even, 10) & CODE_BITS, low);
+    a[0][3] = multiply(rest & CODE_BITS, high);
+    a[1][0] = multiply(odd & CODE_BITS, low);
+    a[1][1] = multiply(odd << 4 & CODE_BITS, high);
+    a[1][2] = multiply(rotate_left(odd, 10) & CODE_BITS, low);
+    a[1][3] = multiply(rest << 6 & CODE_BITS, high);
 }

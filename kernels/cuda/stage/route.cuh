@@ -1,50 +1,58 @@
-// From expert ids to work: pairs by expert, and jobs of up to JOB_TOKENS pairs. One block. The order
-// of the pairs of an expert may differ from run to run: no bit of an output depends on it.
+// From expert ids to work: pairs by expert, and jobs of up to JOB_TOKENS pairs, by all threads of one
+// block. The order of the pairs of an expert may differ from run to run: no bit of an output depends
+// on it.
 
 constexpr u32 JOB_TOKENS = 32;
-constexpr u32 ROUTE_THREADS = 1024;
 constexpr u32 EXPERTS_MAX = 1024;
 
-// Inclusive sum over the block's threads.
-__device__ inline u32 running_sum(u32 value, u32* shared) {
-    shared[threadIdx.x] = value;
-    __syncthreads();
-    for (u32 reach = 1; reach < ROUTE_THREADS; reach *= 2) {
-        const u32 before = threadIdx.x >= reach ? shared[threadIdx.x - reach] : 0;
-        __syncthreads();
-        shared[threadIdx.x] += before;
-        __syncthreads();
+__device__ inline u32 inclusive_sum(u32 value, u32 lane) {
+    for (u32 reach = 1; reach < 32; reach *= 2) {
+        const u32 before = __shfl_up_sync(~0u, value, reach);
+        if (lane >= reach) value += before;
     }
-    const u32 sum = shared[threadIdx.x];
-    __syncthreads();
-    return sum;
+    return value;
 }
 
-extern "C" __global__ void __launch_bounds__(ROUTE_THREADS) route(const Params p) {
-    __shared__ u32 next[EXPERTS_MAX], scratch[ROUTE_THREADS];
-    const u32 expert = threadIdx.x, places = p.tokens * p.top_k;
-    next[expert] = 0;
+// Turns counts into first positions, and writes the jobs; by one warp.
+__device__ inline void make_jobs(const Params& p, u32* next, u32 lane) {
+    u32 pairs = 0, jobs = 0;
+    for (u32 base = 0; base < p.experts; base += 32) {
+        const u32 expert = base + lane, count = expert < p.experts ? next[expert] : 0;
+        const u32 here = (count + JOB_TOKENS - 1) / JOB_TOKENS;
+        const u32 pairs_end = pairs + inclusive_sum(count, lane);
+        const u32 jobs_end = jobs + inclusive_sum(here, lane);
+        const u32 first = pairs_end - count, first_job = jobs_end - here;
+        for (u32 job = 0; job < here; ++job) {
+            const u32 at = job * JOB_TOKENS;
+            p.jobs[first_job + job] = {expert, first + at, min(count - at, JOB_TOKENS), 0};
+            p.counters[first_job + job] = 0;
+        }
+        if (expert < p.experts) next[expert] = first;
+        pairs = __shfl_sync(~0u, pairs_end, 31);
+        jobs = __shfl_sync(~0u, jobs_end, 31);
+    }
+    if (lane == 0) {
+        p.control[JOBS] = jobs;
+        p.control[TICKETS] = 0;
+        p.control[FINISHED] = 0;
+    }
+}
+
+// `next` has EXPERTS_MAX words of shared memory.
+__device__ inline void route(const Params& p, u32* next) {
+    const u32 places = p.tokens * p.top_k;
+    for (u32 expert = threadIdx.x; expert < p.experts; expert += blockDim.x) next[expert] = 0;
     __syncthreads();
-    for (u32 place = threadIdx.x; place < places; place += ROUTE_THREADS)
+    for (u32 place = threadIdx.x; place < places; place += blockDim.x)
         if (p.ids[place] >= 0) atomicAdd(&next[p.ids[place]], 1u);
     __syncthreads();
-    const u32 count = next[expert], jobs = (count + JOB_TOKENS - 1) / JOB_TOKENS;
-    const u32 first = running_sum(count, scratch) - count;
-    const u32 end = running_sum(jobs, scratch), first_job = end - jobs;
-    for (u32 job = 0; job < jobs; ++job) {
-        const u32 at = job * JOB_TOKENS;
-        p.jobs[first_job + job] = {expert, first + at, min(count - at, JOB_TOKENS), 0};
-        p.counters[first_job + job] = 0;
-    }
-    if (expert == ROUTE_THREADS - 1) {
-        p.control[0] = end;
-        p.control[1] = 0;
-    }
-    next[expert] = first;
+    if (threadIdx.x < 32) make_jobs(p, next, threadIdx.x);
     __syncthreads();
-    for (u32 place = threadIdx.x; place < places; place += ROUTE_THREADS) {
+    for (u32 place = threadIdx.x; place < places; place += blockDim.x) {
         if (p.ids[place] < 0) continue;
         const u32 at = atomicAdd(&next[p.ids[place]], 1u);
         p.pairs[at] = {place / p.top_k, place, p.weights[place], 0};
     }
+    __syncthreads();
+    if (threadIdx.x == 0) store_release(&p.control[ROUTED], p.call);
 }

@@ -5,6 +5,7 @@
 //! median of several. *Sustained*: calls back to back for a while; the mean. A layer draws the card's
 //! whole power, so the two differ.
 
+use std::cell::Cell;
 use std::thread;
 use std::time::Duration;
 
@@ -48,7 +49,7 @@ impl CudaBench {
     /// As for a device.
     pub fn new(options: &CudaOptions, shape: LayerShape) -> Result<Self, CudaError> {
         let (context, _) = context(options.gpu)?;
-        let cubin = compile::cubin(&source::program(), &source::OPTIONS, &options.cache)?;
+        let cubin = compile::cubin(&source::program(), &source::options(options), &options.cache)?;
         let gpu = Gpu::new(context, cubin)?;
         let kernels = Kernels::new(&gpu)?;
         let [mut fc1_memory, mut fc2_memory] = [Memory::new("weights"), Memory::new("weights")];
@@ -74,7 +75,8 @@ impl CudaBench {
         let mut clean = Memory::new("what fills the cache");
         gpu.upload(&vec![0; CLEAN_BYTES], &mut clean)?;
         let read_memory = gpu.kernel("read_memory")?;
-        Ok(Self { gpu, kernels, layer, workspace: Workspace::new(), clean, read_memory })
+        let workspace = Workspace::new(&gpu)?;
+        Ok(Self { gpu, kernels, layer, workspace, clean, read_memory })
     }
 
     /// Times calls with these expert ids, `[tokens, top_k]`.
@@ -93,8 +95,13 @@ impl CudaBench {
         gpu.upload(&x, &mut workspace.x)?;
         gpu.upload(ids, &mut workspace.ids)?;
         gpu.upload(&vec![1.0 / top_k as f32; ids.len()], &mut workspace.weights)?;
+        let numbers = Cell::new(params.call);
         let timed = |params: &Params, calls: usize| {
-            gpu.time(|| (0..calls).try_for_each(|_| kernels.launch(gpu, params)))
+            // Each launch has a number of its own.
+            let first = numbers.get();
+            numbers.set(first + calls as u32);
+            let mut launch = |n: u32| kernels.launch(gpu, &Params { call: first + n, ..*params });
+            gpu.time(|| (0..calls as u32).try_for_each(&mut launch))
         };
         let failed = |error| CudaError::Driver { call: "a timed call", error };
         timed(&params, 2).map_err(failed)?;
@@ -107,7 +114,8 @@ impl CudaBench {
         for _ in 0..BURSTS {
             gpu.wait().map_err(failed)?;
             thread::sleep(IDLE);
-            let grid = Grid { x: kernels.multiprocessors * 8, y: 1, threads: 512, shared: 0 };
+            let blocks = kernels.multiprocessors * 8;
+            let grid = Grid { blocks, threads: 512, shared: 0, resident: false };
             gpu.launch(&self.read_memory, grid, &clean).map_err(failed)?;
             gpu.wait().map_err(failed)?;
             bursts.push(timed(&params, 1).map_err(failed)?);
@@ -116,6 +124,7 @@ impl CudaBench {
         let burst_us = bursts[BURSTS / 2];
         let calls = (SUSTAINED_US / burst_us).ceil() as usize;
         let sustained_us = timed(&params, calls).map_err(failed)? / calls as f64;
+        workspace.calls = numbers.get();
         Ok(Timing { burst_us, sustained_us })
     }
 }

@@ -55,14 +55,14 @@ pub(super) struct Pinned {
     slice: Option<PinnedHostSlice<u8>>,
 }
 
-/// A launch: `x` by `y` blocks of `threads`.
+/// A launch of `blocks` of `threads`, each block with `shared` bytes of shared memory. Blocks that wait
+/// for one another must be `resident`: all run at once, or the launch fails.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Grid {
-    pub(super) x: usize,
-    pub(super) y: usize,
+    pub(super) blocks: usize,
     pub(super) threads: u32,
-    /// Bytes of dynamic shared memory.
     pub(super) shared: u32,
+    pub(super) resident: bool,
 }
 
 impl Gpu {
@@ -135,19 +135,25 @@ impl Gpu {
         grid: Grid,
         params: &Params,
     ) -> Result<(), DriverError> {
-        if grid.x == 0 || grid.y == 0 {
+        if grid.blocks == 0 {
             return Ok(());
         }
         let config = LaunchConfig {
-            grid_dim: (grid.x as u32, grid.y as u32, 1),
+            grid_dim: (grid.blocks as u32, 1, 1),
             block_dim: (grid.threads, 1, 1),
             shared_mem_bytes: grid.shared,
         };
         let mut launch = self.stream.launch_builder(kernel);
         launch.arg(params);
-        // SAFETY: all kernels take one `Params`, whose addresses are memory of this GPU that the
-        // device keeps and that is as large as the numbers beside them say.
-        unsafe { launch.launch(config) }.map(|_| ())
+        let launched = if grid.resident {
+            // SAFETY: all kernels take one `Params`, whose addresses are memory of this GPU that the
+            // device keeps and that is as large as the numbers beside them say.
+            unsafe { launch.launch_cooperative(config) }
+        } else {
+            // SAFETY: as above.
+            unsafe { launch.launch(config) }
+        };
+        launched.map(|_| ())
     }
 
     /// Waits for everything that was started.

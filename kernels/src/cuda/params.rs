@@ -61,9 +61,11 @@ pub(super) struct Params {
     pub(super) alpha: f32,
     pub(super) beta: f32,
     pub(super) lag: u32,
+    pub(super) call: u32,
+    pub(super) reserved: u32,
 }
 
 // C++ lays these out without padding, in the same order.
 const _: () = assert!(size_of::<Job>() == 16 && size_of::<Pair>() == 16);
-const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 13 * 8 + 12 * 4);
+const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 13 * 8 + 14 * 4);
 const _: () = assert!(offset_of!(Params, tokens) == 104 && offset_of!(Params, beta) == 144);

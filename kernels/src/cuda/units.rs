@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! matrix [row blocks][units][tiles of the block] unit
-//! unit   codes  [steps][32 lanes][4 words]   word s: elements 4s..4s+3 of row g, and of row g + 8
+//! unit   codes  [steps][32 lanes][2 pairs of words]   pair s: elements 8s..8s+7 of rows g and g + 8
 //!        scales [32 lanes][steps][2]         of row g, of row g + 8
 //! ```
 
@@ -30,19 +30,28 @@ const BLOCK_TILES: usize = 16;
 /// Exponent of the factor by which what a unit decodes to is too small.
 pub(super) const UNSCALE_EXPONENT: i32 = 38;
 
-/// Where a word has the bits of its eight codes, each as (sign, exponent, exponent, mantissa): pair 0
-/// of row g, pair 0 of row g + 8, pair 1 of row g, pair 1 of row g + 8, the even element in the lower
-/// half. The device brings them to bits 15, 8, 7, 6 of a half by a mask, a shift by 4, a rotation by
-/// 10, and two shifts.
-const CODE_BITS: [[u32; 4]; 8] = [
+/// Where a pair of words, the even one in the lower half of 64 bits, has the bits of its codes: for
+/// each word pair 0 of row g, pair 0 of row g + 8, pair 1 of row g, pair 1 of row g + 8, the even
+/// element first; for each code (sign, exponent, exponent, mantissa). The device brings them to bits
+/// 15, 8, 7, 6 of a half: by a mask, a shift by 4, a rotation by 10; and what is left of both words by
+/// a selection of their rotations by 6 and 8, and a shift of that.
+const CODE_BITS: [[u32; 4]; 16] = [
     [15, 8, 7, 6],
     [31, 24, 23, 22],
     [11, 4, 3, 2],
     [27, 20, 19, 18],
     [5, 30, 29, 28],
     [21, 14, 13, 12],
-    [9, 10, 1, 0],
-    [25, 26, 17, 16],
+    [9, 32, 1, 0],
+    [25, 32 + 16, 17, 16],
+    [32 + 15, 32 + 8, 32 + 7, 32 + 6],
+    [32 + 31, 32 + 24, 32 + 23, 32 + 22],
+    [32 + 11, 32 + 4, 32 + 3, 32 + 2],
+    [32 + 27, 32 + 20, 32 + 19, 32 + 18],
+    [32 + 5, 32 + 30, 32 + 29, 32 + 28],
+    [32 + 21, 32 + 14, 32 + 13, 32 + 12],
+    [32 + 1, 32 + 26, 32 + 25, 26],
+    [32 + 17, 32 + 10, 32 + 9, 10],
 ];
 
 /// Steps of a matrix with so many columns; the last may be padded with zeros.
@@ -129,11 +138,11 @@ fn derive_matrix<'a>(columns: usize, bytes: &mut [u8], row: impl Fn(usize, usize
 fn derive_unit(columns: usize, unit: usize, rows: &[Row<'_>; TILE_ROWS], bytes: &mut [u8]) {
     let wide = unit_steps(columns);
     let (codes, scales) = bytes.split_at_mut(wide * STEP_CODE_BYTES);
-    for (index, word) in codes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        let (step, lane, s) = (unit * wide + index / 128, index / 4 % 32, index % 4);
-        let column = step * STEP_COLUMNS + lane % STEP_BLOCKS * BLOCK + 4 * s;
+    for (index, words) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let (step, lane, half) = (unit * wide + index / 64, index / 2 % 32, index % 2);
+        let column = step * STEP_COLUMNS + lane % STEP_BLOCKS * BLOCK + 8 * half;
         let pair = [rows[lane / 4], rows[lane / 4 + 8]];
-        *word = join(|n| pair[n / 2 % 2].code(column + n / 4 * 2 + n % 2)).to_le_bytes();
+        *words = join(|n| pair[n / 2 % 2].code(column + n / 4 * 2 + n % 2)).to_le_bytes();
     }
     for (index, scales) in scales.as_chunks_mut::<2>().0.iter_mut().enumerate() {
         let (lane, step) = (index / wide, unit * wide + index % wide);
@@ -142,16 +151,16 @@ fn derive_unit(columns: usize, unit: usize, rows: &[Row<'_>; TILE_ROWS], bytes: 
     }
 }
 
-/// A word of eight codes.
-fn join(code: impl Fn(usize) -> u32) -> u32 {
-    let mut word = 0;
+/// Two words of eight codes each.
+fn join(code: impl Fn(usize) -> u32) -> u64 {
+    let mut words = 0;
     for (n, bits) in CODE_BITS.iter().enumerate() {
-        let code = code(n);
+        let code = u64::from(code(n));
         for (k, bit) in bits.iter().enumerate() {
-            word |= (code >> (3 - k) & 1) << bit;
+            words |= (code >> (3 - k) & 1) << bit;
         }
     }
-    word
+    words
 }
 
 /// An e4m3 scale as E5M3: exponent E = e + 23 and mantissa, subnormal numbers normalised. What stands
@@ -177,13 +186,24 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::numeric::e4m3_decode;
 
-    /// As the device decodes: bits 15, 8, 7, 6 of each half of four words.
-    fn decode(word: u32) -> [u32; 8] {
+    /// As the device decodes: bits 15, 8, 7, 6 of each half of eight words.
+    fn decode(words: u64) -> [u32; 16] {
         const MASK: u32 = 0x81c0_81c0;
-        let last = word << 6 & 0x80c0_80c0 | word >> 2 & 0x0100_0100;
-        let pairs = [word & MASK, word << 4 & MASK, word.rotate_left(10) & MASK, last];
+        const FROM_EVEN: u32 = 0x80c1_80c1;
+        let (even, odd) = (words as u32, (words >> 32) as u32);
+        let rest = even.rotate_left(6) & FROM_EVEN | odd.rotate_left(8) & !FROM_EVEN;
+        let pairs = [
+            even & MASK,
+            even << 4 & MASK,
+            even.rotate_left(10) & MASK,
+            rest & MASK,
+            odd & MASK,
+            odd << 4 & MASK,
+            odd.rotate_left(10) & MASK,
+            rest << 6 & MASK,
+        ];
         let code = |half: u32| half >> 12 & 8 | half >> 6 & 7;
-        let mut codes = [0; 8];
+        let mut codes = [0; 16];
         for (pair, codes) in pairs.into_iter().zip(codes.chunks_exact_mut(2)) {
             codes.copy_from_slice(&[code(pair & 0xffff), code(pair >> 16)]);
         }
@@ -191,13 +211,11 @@ mod tests {
     }
 
     #[test]
-    fn every_code_in_every_place_survives_its_word() {
-        for n in 0..8 {
+    fn every_code_in_every_place_survives_its_words() {
+        for n in 0..16 {
             for value in 0..16 {
-                let word = join(|place| if place == n { value } else { 15 - value });
-                let expected: [u32; 8] =
-                    std::array::from_fn(|place| if place == n { value } else { 15 - value });
-                assert_eq!(decode(word), expected);
+                let code = |place| if place == n { value } else { 15 - value };
+                assert_eq!(decode(join(code)), std::array::from_fn(code));
             }
         }
     }
@@ -242,9 +260,9 @@ mod tests {
         let (step, within) = (column / 64, column % 64);
         let unit = &block[(step / wide * tiles + tile % 16) * unit_bytes(columns)..];
         let lane = row % 8 * 4 + within / 16;
-        let (s, k) = (within % 16 / 4, within % 4);
-        let word = &unit[step % wide * 512 + lane * 16 + s * 4..][..4];
-        let codes = decode(u32::from_le_bytes(word.try_into().unwrap()));
+        let (half, k) = (within % 16 / 8, within % 8);
+        let words = &unit[step % wide * 512 + lane * 16 + half * 8..][..8];
+        let codes = decode(u64::from_le_bytes(words.try_into().unwrap()));
         let scales = &unit[wide * 512 + (lane * wide + step % wide) * 2..];
         (codes[k / 2 * 4 + row / 8 * 2 + k % 2], scales[row / 8])
     }

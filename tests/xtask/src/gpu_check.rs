@@ -31,11 +31,11 @@ step "times on layers of public models" ./moeplane-cases gpu-bench ${ROUTING:+--
 step "demo through a worker process" ./moeplane-cases demo data/tiny-kjv-moe --device cuda --once
 if command -v compute-sanitizer >/dev/null; then
     mkdir -p small/moe-golden
-    cp -r data/moe-golden/{e4_k2_h1632_i48,holes_e8_k4_h128_i64} small/moe-golden/
-    for tool in memcheck racecheck; do
-        step "compute-sanitizer $tool" compute-sanitizer --tool $tool --error-exitcode 9 \
-            ./moeplane-cases gpu-check small --golden-only
-    done
+    cp -r data/moe-golden/{e4_k2_h1632_i48,holes_e8_k4_h128_i64,two_alphas_e4_k2_h256_i128} small/moe-golden/
+    sanitize() { compute-sanitizer --error-exitcode 9 --tool "$@"; }
+    small=(./moeplane-cases gpu-check small --golden-only)
+    step "compute-sanitizer memcheck" sanitize memcheck "${small[@]}"
+    step "compute-sanitizer racecheck" sanitize racecheck "${small[@]}" --every-lane-arrives
 else
     echo "== compute-sanitizer: skipped, it is not on this machine"
 fi
