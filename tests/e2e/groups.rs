@@ -164,6 +164,16 @@ fn bad_input_of_one_engine_does_not_hold_up_the_others() {
     });
     assert!(matches!(refused(wrong), Refusal::ExpertId { id: 99, .. }));
     good.unwrap();
+    // A call that is refused before its values are looked at is no other matter.
+    let (good, wrong) = thread::scope(|scope| {
+        let [first, second] = &mut engines[..] else { panic!("two engines") };
+        let good = scope.spawn(|| through(first, 0, Phase::Decode, &inputs));
+        let call = Call { layer: 0, tokens: 5, top_k: 4, phase: Phase::Decode };
+        let wrong = scope.spawn(move || second.call(call));
+        (good.join().unwrap(), wrong.join().unwrap())
+    });
+    assert_eq!(refused(wrong), Refusal::Tokens { tokens: 5, min: 0, max: 4 });
+    good.unwrap();
     call_all(&mut engines, 0, &inputs, &uneven(4, 2)).unwrap();
 }
 

@@ -291,6 +291,8 @@ impl Rank {
         let connection = &mut self.connections[index];
         let State::Attached(attachment) = &mut connection.state else { return Ok(()) };
         attachment.take_number(frame.seq)?;
+        // Whatever is wrong with the call, the others wait for this rank's part in it.
+        self.owes_part = true;
         let Call { layer, tokens, top_k, phase: _ } = Call::decode(&frame.body)?;
         let BufferLayout { max_tokens, hidden, topk_ids, topk_weights, output, .. } =
             attachment.layout;

@@ -50,7 +50,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    /// Every kind, by code.
+    pub const ALL: [Self; 8] = [
         Self::Hello,
         Self::Welcome,
         Self::Attach,
