@@ -3,6 +3,7 @@
 
 mod calls;
 mod checkpoints;
+mod failures;
 mod groups;
 mod raw;
 mod shutdown;

@@ -4,6 +4,7 @@
 pub mod call;
 pub mod case;
 pub mod group;
+pub mod kill;
 pub mod random;
 pub mod recorded;
 pub mod replay;

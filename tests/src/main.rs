@@ -6,6 +6,7 @@ mod demo;
 mod gpu_bench;
 mod gpu_check;
 mod group_calls;
+mod kill_ranks;
 mod layer_report;
 
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Command {
     GpuCheck(gpu_check::Options),
     /// Random calls of a group of ranks, each answer verified.
     GroupCalls(group_calls::Options),
+    /// Ranks of a group killed at random moments, with a table of what everybody heard.
+    KillRanks(kill_ranks::Options),
     /// How far each layer of a checkpoint is from the unquantised model's recorded outputs.
     LayerReport(layer_report::Options),
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::GpuBench(options) => gpu_bench::run(&options).map(|()| true),
         Command::GpuCheck(options) => gpu_check::run(&options),
         Command::GroupCalls(options) => group_calls::run(&options).map(|()| true),
+        Command::KillRanks(options) => kill_ranks::run(&options).map(|()| true),
         Command::LayerReport(options) => layer_report::run(&options).map(|()| true),
     };
     match result {

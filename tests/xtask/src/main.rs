@@ -30,6 +30,9 @@ enum Command {
     /// Random calls of a group of ranks, each answer verified: `--ranks N --calls N --seed S`.
     #[command(disable_help_flag = true)]
     GroupCalls(Rest),
+    /// Ranks of a group killed at random moments, every answer verified: `--ranks N --kills N --seed S`.
+    #[command(disable_help_flag = true)]
+    KillRanks(Rest),
     /// The end-to-end tests; with `--stress N` each of them N times.
     E2e {
         /// Rounds.
@@ -74,6 +77,11 @@ fn run(command: Command) -> Result<bool> {
         Command::GroupCalls(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
             cases("group-calls", arguments)
+        }
+        Command::KillRanks(Rest { mut arguments }) => {
+            let case = "tests/data/moe-golden/skewed_e16_k4_h256_i64_t300";
+            arguments.insert(0, build::root().join(case).into_os_string());
+            cases("kill-ranks", arguments)
         }
         Command::E2e { stress } => e2e(stress),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),

@@ -1,0 +1,83 @@
+//! Processes of a group that are killed or stopped: named to every engine, and back without a restart
+//! of the others.
+
+use std::time::Duration;
+
+use protocol::client::ClientError;
+use protocol::message::Phase;
+use protocol::refusal::Refusal;
+use reference::compare::Comparison;
+use rustix::process::Signal;
+use tests::call::through;
+use tests::case::Case;
+use tests::group::{Group, Spec, call_all, uneven};
+use tests::kill::Target;
+use tests::worker_process::{Worker, until};
+
+use crate::{BF16, assert_says, skewed};
+
+const RANKS: usize = 3;
+const TOKENS: usize = 24;
+/// A dead process is noticed at once; nobody else is to be named, however slow the machine.
+const PATIENT: [&str; 2] = ["--deadline-ms", "30000"];
+
+fn spec(options: &[&str]) -> Spec {
+    let options = options.iter().map(|&option| option.to_owned()).collect();
+    Spec { ranks: u32::try_from(RANKS).unwrap(), placement: None, options }
+}
+
+/// A share of `cargo xtask kill-ranks`: every rank once.
+#[test]
+fn a_killed_rank_is_named_to_all_others_and_comes_back() {
+    let mut target = Target::start(&skewed(), &spec(&PATIENT), BF16, TOKENS).unwrap();
+    for victim in 0..RANKS {
+        let kill = target.kill(victim, BF16, Duration::from_millis(20)).unwrap();
+        assert_eq!(kill.phases.len(), RANKS - 1);
+    }
+    target.end().unwrap();
+}
+
+#[test]
+fn what_killed_ranks_left_is_swept_by_the_next_start() {
+    let mut group = Group::start(&skewed(), &spec(&PATIENT)).unwrap();
+    for worker in &mut group.workers {
+        worker.signal(Signal::KILL).unwrap();
+        worker.wait().unwrap();
+    }
+    assert!(group.heap().exists());
+    for rank in 0..RANKS {
+        group.restart(rank).unwrap();
+    }
+    let case = Case::open(&skewed()).unwrap();
+    let mut engines = group.engines(BF16, 300).unwrap();
+    let output = call_all(&mut engines, 0, &case.inputs, &uneven(300, RANKS)).unwrap();
+    let comparison = Comparison::new(&output, &case.expected(BF16).unwrap());
+    assert!(comparison.passes(BF16), "{comparison}");
+    for worker in &mut group.workers {
+        worker.signal(Signal::TERM).unwrap();
+        worker.wait().unwrap();
+    }
+    assert!(!group.heap().exists());
+}
+
+#[test]
+fn a_stopped_rank_is_named_after_the_deadline_and_joins_by_itself() {
+    let group = Group::start(&skewed(), &spec(&["--deadline-ms", "200"])).unwrap();
+    let inputs = Case::open(&skewed()).unwrap().inputs.rows(0..TOKENS);
+    let alone = Worker::start(&skewed(), &[]).unwrap();
+    let mut other = alone.engine(BF16, TOKENS).unwrap();
+    let expected = through(&mut other, 0, Phase::Decode, &inputs).unwrap();
+    let mut engine = group.workers[0].engine(BF16, TOKENS).unwrap();
+    group.workers[1].signal(Signal::STOP).unwrap();
+    let error = through(&mut engine, 0, Phase::Decode, &inputs).unwrap_err();
+    let ClientError::Refused(Refusal::Group { rank: 1, reason, .. }) = error else {
+        panic!("{error}")
+    };
+    assert_says(&reason, &["rank 1 made no progress before the deadline"]);
+    group.workers[1].signal(Signal::CONT).unwrap();
+    // A loaded machine may take longer than 200 ms to wake it.
+    let served = until("an answer of the whole group", || {
+        Ok(through(&mut engine, 0, Phase::Decode, &inputs).ok())
+    });
+    assert!(served.unwrap() == expected);
+}

@@ -1,0 +1,87 @@
+//! `kill-ranks DIR`: ranks of a group killed at random moments, in a table.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use reference::layer::Variant;
+use tests::group::Spec;
+use tests::kill::{Kill, Target};
+use tests::random::Random;
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// A case folder.
+    dir: PathBuf,
+    /// Ranks of the group.
+    #[arg(long, default_value_t = 4)]
+    ranks: u32,
+    /// How often one of them is killed.
+    #[arg(long, default_value_t = 100)]
+    kills: usize,
+    /// What victims and moments are drawn from.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Tokens of a step.
+const TOKENS: usize = 64;
+/// A kill comes within this of the first call; a call takes a fraction of a millisecond.
+const LATEST_US: usize = 30_000;
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let Options { dir, ranks, kills, seed } = options;
+    ensure!(*ranks > 1, "--ranks is {ranks}, expected at least 2: nobody would be left");
+    let spec = Spec { ranks: *ranks, placement: None, options: Vec::new() };
+    let variant = Variant { nvfp4: false, weights_in_combine: false };
+    let mut target = Target::start(dir, &spec, variant, TOKENS)?;
+    let mut random = Random::new(*seed);
+    let mut all = Vec::new();
+    for number in 0..*kills {
+        let victim = random.below(*ranks as usize);
+        let after = Duration::from_micros(random.below(LATEST_US) as u64);
+        let kill = target.kill(victim, variant, after);
+        all.push(kill.with_context(|| format!("kill {number} of seed {seed}, after {after:?}"))?);
+    }
+    target.end()?;
+    table(*ranks as usize, &all)?;
+    Ok(())
+}
+
+fn table(ranks: usize, kills: &[Kill]) -> io::Result<()> {
+    let mut out = io::stdout();
+    writeln!(
+        out,
+        "        kills  in announce  in compute   named, ms p50 / max   served, ms p50 / max"
+    )?;
+    for victim in 0..ranks {
+        let of: Vec<&Kill> = kills.iter().filter(|kill| kill.victim == victim).collect();
+        let heard = |phase: &str| {
+            of.iter().flat_map(|kill| &kill.phases).filter(|heard| *heard == phase).count()
+        };
+        let named = of.iter().map(|kill| kill.named).collect();
+        let served = of.iter().map(|kill| kill.served).collect();
+        let (announce, compute) = (heard("announce"), heard("compute"));
+        writeln!(
+            out,
+            "rank {victim} {:>7} {announce:>12} {compute:>11} {:>21} {:>22}",
+            of.len(),
+            spread(named),
+            spread(served)
+        )?;
+    }
+    let answers: usize = kills.iter().map(|kill| kill.answers).sum();
+    let kills = kills.len();
+    writeln!(
+        out,
+        "{kills} kills, {answers} answers before them, all right after each; no file left"
+    )
+}
+
+/// Median and largest, in milliseconds.
+fn spread(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let ms = |time: Option<&Duration>| time.map_or(0.0, |time| 1e3 * time.as_secs_f64());
+    format!("{:.1} / {:.1}", ms(times.get(times.len() / 2)), ms(times.last()))
+}
