@@ -1,6 +1,6 @@
-//! Numerics, checkpoints and devices of an NVFP4 Mixture-of-Experts layer. A leaf: it depends on no
-//! other crate of the workspace, and is where `unsafe` lives (`checkpoint/mapped.rs`, `memory.rs`,
-//! `cpu/simd.rs`, `cuda/compile.rs`, `cuda/launch.rs`). No sockets, no async.
+//! Numerics, checkpoints and devices of an NVFP4 Mixture-of-Experts layer. A leaf: of the workspace
+//! it depends on `routing` alone, which it hands on. `unsafe` lives here (`checkpoint/mapped.rs`,
+//! `memory.rs`, `cpu/simd.rs`, `cuda/compile.rs`, `cuda/launch.rs`). No sockets, no async.
 #![warn(missing_docs)]
 #![expect(
     clippy::cast_possible_truncation,
@@ -20,3 +20,5 @@ pub mod memory;
 pub mod numeric;
 pub mod problem;
 pub mod route;
+
+pub use routing;

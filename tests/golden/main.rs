@@ -2,6 +2,8 @@
 //! this processor has.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
+mod routing;
+
 use std::path::{Path, PathBuf};
 
 use kernels::checkpoint::Checkpoint;

@@ -9,5 +9,6 @@ pub mod random;
 pub mod recorded;
 pub mod replay;
 pub mod rewrite;
+pub mod routing;
 pub mod traffic;
 pub mod worker_process;

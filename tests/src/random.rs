@@ -24,6 +24,18 @@ impl Random {
         usize::try_from(self.draw() % end as u64).unwrap_or(0)
     }
 
+    /// A number from 0 to 1, without 1.
+    pub fn unit(&mut self) -> f32 {
+        // 24 bits, which an f32 holds exactly.
+        (self.draw() >> 40) as f32 / 16_777_216.0
+    }
+
+    /// A number of the standard normal distribution (Box and Muller).
+    pub fn normal(&mut self) -> f32 {
+        let (radius, angle) = (1.0 - self.unit(), self.unit() * std::f32::consts::TAU);
+        (-2.0 * radius.ln()).sqrt() * angle.cos()
+    }
+
     /// One of `choices`.
     pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len())]

@@ -12,4 +12,5 @@ pub mod compare;
 pub mod layer;
 pub mod model;
 pub mod numbers;
+pub mod routing;
 pub mod tensors;

@@ -1,6 +1,6 @@
 //! What engines and workers say to each other over a Unix socket, and the client that an engine
-//! links. A leaf: it depends on no other crate of the workspace and does no arithmetic on tensors,
-//! which cross in shared memory. `unsafe` lives in `buffer.rs` alone.
+//! links. A leaf: of the workspace it depends on `routing` alone, which it hands on, and does no
+//! arithmetic on tensors, which cross in shared memory. `unsafe` lives in `buffer.rs` alone.
 //!
 //! ```text
 //! engine                                   worker
@@ -27,3 +27,6 @@ pub mod message;
 pub mod placement;
 pub mod refusal;
 pub mod stream;
+
+/// Experts and weights of tokens from the logits of a model's router, for engines that have logits.
+pub use routing;
