@@ -3,6 +3,7 @@
 
 mod calls;
 mod checkpoints;
+mod conformance;
 mod failures;
 mod groups;
 mod raw;

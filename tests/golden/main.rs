@@ -11,6 +11,8 @@ use kernels::cpu::{CpuDevice, CpuOptions, Isa};
 use reference::compare::Comparison;
 use reference::layer::{Variant, layer_outputs, quantised_tokens};
 use reference::model::Model;
+use reference::quantise::quantise_weights;
+use reference::tensors::TensorFile;
 use tests::call::in_process;
 use tests::case::{Case, find};
 
@@ -52,6 +54,28 @@ fn the_reference_quantises_tokens_to_the_recorded_bytes() {
         compared += 1;
     }
     assert_eq!(compared, 15);
+}
+
+/// Every byte of a checkpoint that ModelOpt wrote, from the weights that it was given.
+#[test]
+fn the_reference_quantises_weights_to_the_bytes_of_modelopt() {
+    let weights = data("quantise-golden/e4_k2_h1632_i48.unquantised.safetensors");
+    let weights = TensorFile::open(&weights).unwrap();
+    let case = data("moe-golden/e4_k2_h1632_i48/model.safetensors");
+    let case = TensorFile::open(&case).unwrap();
+    for name in weights.entries().keys() {
+        let values: Vec<f32> = weights.bf16(name).unwrap().into_iter().map(widen).collect();
+        let scale = case.f32(&format!("{name}_scale_2")).unwrap()[0];
+        let (codes, scales) = quantise_weights(&values, scale);
+        assert!(codes == case.bytes(name, &["U8"]).unwrap(), "{name}");
+        let expected = case.bytes(&format!("{name}_scale"), &["F8_E4M3"]).unwrap();
+        assert!(scales == expected, "{name}_scale");
+    }
+    assert_eq!(weights.entries().len(), 12);
+}
+
+fn widen(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 /// 17 cases, two formats, two places, on each instruction set; all of them answer the same bits.

@@ -2,6 +2,7 @@
 #![expect(clippy::print_stderr, reason = "a command line program")]
 
 mod check_cases;
+mod conformance;
 mod demo;
 mod gpu_bench;
 mod gpu_check;
@@ -25,6 +26,8 @@ struct Arguments {
 enum Command {
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     CheckCases(check_cases::Options),
+    /// The cases of the original system's test plan and its functional shapes, through real workers.
+    Conformance(conformance::Options),
     /// Serves the small trained checkpoint, replays real activations and verifies every answer.
     Demo(demo::Options),
     /// Times the CUDA device on layers of public models.
@@ -42,6 +45,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::CheckCases(options) => check_cases::run(&options),
+        Command::Conformance(options) => conformance::run(&options),
         Command::Demo(options) => demo::run(&options).map(|()| true),
         Command::GpuBench(options) => gpu_bench::run(&options).map(|()| true),
         Command::GpuCheck(options) => gpu_check::run(&options),

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use crate::call;
 
 /// How long a worker may take to load a model or to end: far beyond what it needs.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(120);
 /// Pause between two looks at a process.
 const PAUSE: Duration = Duration::from_millis(2);
 

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
 use crate::model::{Expert, Model, Projection, Swiglu};
-use crate::numbers::{bf16_bits, bf16_value, dequantise_row, e2m1_value, e4m3_value, quantise_row};
+use crate::numbers::{bf16_bits, bf16_value, dequantise_row, e2m1_pair, e4m3_value, quantise_row};
 
 /// What an engine brings to a call.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -116,10 +116,10 @@ pub fn layer_outputs(
         let expert = model.expert(layer, expert)?;
         let (hidden, cols) = (inputs.hidden, expert.gate.cols);
         ensure!(hidden == cols, "{hidden} columns, the layer has {cols}");
-        for ((variant, activations), terms) in variants.iter().zip(&activations).zip(&mut terms) {
-            let computation = Computation { expert: &expert, swiglu: model.swiglu, in13 };
-            let rows = computation.terms(*variant, pairs, activations);
-            for (pair, row) in pairs.iter().zip(rows) {
+        let computation = Computation { expert: &expert, swiglu: model.swiglu, in13 };
+        let mut rows = computation.terms(variants, pairs, &activations).into_iter();
+        for terms in &mut terms {
+            for (pair, row) in pairs.iter().zip(rows.by_ref()) {
                 terms[pair.token * top_k + pair.place] = Some(row);
             }
         }
@@ -151,18 +151,30 @@ struct Computation<'a> {
 }
 
 impl Computation<'_> {
-    /// Steps 2 to 6 for the tokens that go to the expert.
-    fn terms(&self, variant: Variant, pairs: &[Pair], activations: &[Vec<f64>]) -> Vec<Vec<f32>> {
+    /// Steps 2 to 6 for the tokens that go to the expert, in every variant: all pairs in the first,
+    /// then all in the second, and so on, so that weights are decoded once for all.
+    fn terms(
+        &self,
+        variants: &[Variant],
+        pairs: &[Pair],
+        activations: &[Vec<Vec<f64>>],
+    ) -> Vec<Vec<f32>> {
         let Expert { gate, up, down } = self.expert;
         let in2 = down.input_scale;
-        let (in13, input2) = if variant.nvfp4 { (self.in13, in2) } else { (1.0, 1.0) };
-        let rows: Vec<&[f64]> = pairs.iter().map(|p| activations[p.token].as_slice()).collect();
-        let gates = products(gate, in13 * gate.weight_scale_2, &rows);
-        let ups = products(up, in13 * up.weight_scale_2, &rows);
-        let intermediate: Vec<Vec<f64>> = pairs
-            .iter()
+        let all = || variants.iter().flat_map(|v| pairs.iter().map(move |pair| (*v, pair)));
+        let scaled = |projection: &Projection, input_scale: f32| -> Vec<f32> {
+            let input = |v: Variant| if v.nvfp4 { input_scale } else { 1.0 };
+            all().map(|(v, _)| input(v) * projection.weight_scale_2).collect()
+        };
+        let mut rows: Vec<&[f64]> = Vec::new();
+        for tokens in activations {
+            rows.extend(pairs.iter().map(|pair| tokens[pair.token].as_slice()));
+        }
+        let gates = products(gate, &scaled(gate, self.in13), &rows);
+        let ups = products(up, &scaled(up, self.in13), &rows);
+        let intermediate: Vec<Vec<f64>> = all()
             .enumerate()
-            .map(|(n, pair)| {
+            .map(|(n, (variant, pair))| {
                 let y = gates.iter().zip(&ups).map(|(gate, up)| {
                     let y = self.activate(gate[n], up[n]);
                     if variant.weights_in_combine { y } else { y * pair.weight }
@@ -175,9 +187,9 @@ impl Computation<'_> {
             })
             .collect();
         let rows: Vec<&[f64]> = intermediate.iter().map(Vec::as_slice).collect();
-        let sums = products(down, input2 * down.weight_scale_2, &rows);
+        let sums = products(down, &scaled(down, in2), &rows);
         let round = |z: f32| bf16_value(bf16_bits(f64::from(z))) as f32;
-        (0..pairs.len()).map(|n| sums.iter().map(|row| round(row[n])).collect()).collect()
+        (0..rows.len()).map(|n| sums.iter().map(|row| round(row[n])).collect()).collect()
     }
 
     /// Step 3, in fp32.
@@ -188,24 +200,22 @@ impl Computation<'_> {
     }
 }
 
-/// `alpha x (weights . row)`: for every output feature, one number for each of `rows`. Sums in
-/// float64, rounded to fp32, then times alpha.
-fn products(projection: &Projection, alpha: f32, rows: &[&[f64]]) -> Vec<Vec<f32>> {
+/// `alpha x (weights . row)`: for every output feature, one number for each of `rows` with its alpha.
+/// Sums in float64, rounded to fp32, then times alpha.
+fn products(projection: &Projection, alphas: &[f32], rows: &[&[f64]]) -> Vec<Vec<f32>> {
     let (codes, scales) = (projection.cols / 2, projection.cols / 16);
-    let feature = |feature: usize| {
+    let feature = |weights: &mut Vec<f64>, feature: usize| {
         let codes = &projection.codes[feature * codes..][..codes];
         let scales = &projection.scales[feature * scales..][..scales];
-        let mut weights = Vec::with_capacity(projection.cols);
+        weights.clear();
         for (block, &scale) in codes.chunks(8).zip(scales) {
             let scale = e4m3_value(scale);
-            for &byte in block {
-                weights.push(e2m1_value(byte & 15) * scale);
-                weights.push(e2m1_value(byte >> 4) * scale);
-            }
+            weights.extend(block.iter().flat_map(|&byte| e2m1_pair(byte)).map(|w| w * scale));
         }
-        rows.iter().map(|row| alpha * dot(row, &weights) as f32).collect()
+        let sums = rows.iter().zip(alphas).map(|(row, alpha)| alpha * dot(row, weights) as f32);
+        sums.collect()
     };
-    (0..projection.rows).into_par_iter().map(feature).collect()
+    (0..projection.rows).into_par_iter().map_init(Vec::new, feature).collect()
 }
 
 /// Eight running sums, so that the compiler may use vectors; in float64 the order is of no matter.

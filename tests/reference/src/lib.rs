@@ -12,5 +12,6 @@ pub mod compare;
 pub mod layer;
 pub mod model;
 pub mod numbers;
+pub mod quantise;
 pub mod routing;
 pub mod tensors;

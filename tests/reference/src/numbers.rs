@@ -23,6 +23,15 @@ pub fn e2m1_value(code: u8) -> f64 {
     if code & 8 == 0 { magnitude } else { -magnitude }
 }
 
+/// The values of two e2m1 codes in a byte, the low nibble's first.
+#[must_use]
+pub fn e2m1_pair(byte: u8) -> [f64; 2] {
+    static PAIRS: LazyLock<[[f64; 2]; 256]> = LazyLock::new(|| {
+        std::array::from_fn(|byte| [byte as u8, (byte >> 4) as u8].map(e2m1_value))
+    });
+    PAIRS[usize::from(byte)]
+}
+
 /// The e2m1 code nearest to `value`, ties to the even code, saturating at 6.
 #[must_use]
 pub fn e2m1_code(value: f64) -> u8 {

@@ -42,6 +42,10 @@ enum Command {
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     #[command(disable_help_flag = true)]
     CheckCases(Rest),
+    /// The 59 cases of the original system's test plan, after its 24 functional shapes, through real
+    /// workers: `--only S59`.
+    #[command(disable_help_flag = true)]
+    Conformance(Rest),
     /// Packs programs, data and one script for a machine with a Hopper GPU and no cargo.
     GpuCheck,
     /// How far each layer of the small trained model is from its unquantised original.
@@ -85,6 +89,10 @@ fn run(command: Command) -> Result<bool> {
         }
         Command::E2e { stress } => e2e(stress),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),
+        Command::Conformance(Rest { mut arguments }) => {
+            arguments.insert(0, build::root().join("tests/data/cases.json").into_os_string());
+            cases("conformance", arguments)
+        }
         Command::GpuCheck => gpu_check::run(),
         Command::LayerReport => {
             let data = build::root().join("tests/data/tiny-kjv-moe");
