@@ -10,14 +10,17 @@ mod names;
 mod quantiser;
 mod tensors;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
-pub use self::error::CheckpointError;
+pub use self::error::{CheckpointError, WhyUnserved};
 
 use self::config::Config;
 use self::layer::LayerExperts;
+use self::names::Place;
 use self::tensors::{Files, Tensors};
 use crate::expert::RawExpert;
 use crate::problem::{ActFormat, LayerShape};
@@ -35,11 +38,21 @@ pub struct MoeLayer {
     pub scaled: bool,
 }
 
+/// A layer that is left to the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnservedLayer {
+    /// The model's own number of the layer.
+    pub number: u32,
+    /// Why.
+    pub why: WhyUnserved,
+}
+
 /// An open checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
     name: String,
     layers: Vec<MoeLayer>,
+    unserved: Vec<UnservedLayer>,
     experts: Vec<LayerExperts>,
     files: Files,
 }
@@ -55,25 +68,40 @@ impl Checkpoint {
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
         let config = Config::read(folder)?;
         let tensors = Tensors::open(folder)?;
-        let prefixes = names::expert_prefixes(&tensors)?;
+        let places = names::expert_places(&tensors)?;
         // Scalars may lie anywhere: reading ahead of each would read much of the weights.
         tensors.files.read_ahead(false)?;
         let mut layers = Vec::with_capacity(config.layers.len());
         let mut experts = Vec::with_capacity(config.layers.len());
+        let mut unserved = unserved_by_number(&config, &places);
         for &number in &config.layers {
-            let Some(prefix) = prefixes.get(&number) else {
+            let Some(Place { prefix, unserved: tensor }) = places.get(&number) else {
                 return Err(CheckpointError::MissingLayer { layer: number });
             };
+            // What the tensors are decides, not what a list of exclusions says.
+            let dtype = tensors.weights_dtype(prefix).filter(|&dtype| dtype != Dtype::U8);
+            if let Some(dtype) = dtype {
+                unserved.push(UnservedLayer { number, why: WhyUnserved::Unquantised { dtype } });
+                continue;
+            }
+            if let Some((tensor, reason)) = tensor {
+                return Err(tensors.unserved(tensor, reason));
+            }
             let resolved = LayerExperts::resolve(&tensors, prefix, &config)?;
             let (shape, in13) = (config.shape, resolved.in13());
             let scaled = resolved.absent_input_scales().next().is_none();
             layers.push(MoeLayer { number, shape, in13, scaled });
             experts.push(resolved);
         }
+        unserved.sort_unstable_by_key(|layer| layer.number);
+        if let (true, Some(first)) = (layers.is_empty(), unserved.first()) {
+            let UnservedLayer { number: layer, why } = *first;
+            return Err(CheckpointError::NothingServed { layer, why });
+        }
         let files = tensors.files;
         files.read_ahead(true)?;
         files.release_all()?;
-        Ok(Self { name: folder_name(folder), layers, experts, files })
+        Ok(Self { name: folder_name(folder), layers, unserved, experts, files })
     }
 
     /// Last component of the folder's path.
@@ -82,10 +110,16 @@ impl Checkpoint {
         &self.name
     }
 
-    /// The MoE layers, ascending by number.
+    /// The MoE layers that are served, ascending by number.
     #[must_use]
     pub fn layers(&self) -> &[MoeLayer] {
         &self.layers
+    }
+
+    /// The model's other layers, ascending by number.
+    #[must_use]
+    pub fn unserved(&self) -> &[UnservedLayer] {
+        &self.unserved
     }
 
     /// One expert of the layer at `position` of [`Checkpoint::layers`], borrowed from the mapping.
@@ -142,6 +176,16 @@ impl Checkpoint {
         let absent = CheckpointError::OutOfRange { what: "layer position", value: position, count };
         self.experts.get(position).ok_or(absent)
     }
+}
+
+/// Layers without experts, and experts of layers that the model does not count.
+fn unserved_by_number(config: &Config, places: &BTreeMap<u32, Place<'_>>) -> Vec<UnservedLayer> {
+    let count = config.count;
+    let dense = (0..count).filter(|number| !config.layers.contains(number));
+    let beyond = places.keys().copied().filter(|&number| number >= count);
+    let because = |why| move |number| UnservedLayer { number, why };
+    let dense = dense.map(because(WhyUnserved::Dense));
+    dense.chain(beyond.map(because(WhyUnserved::Beyond { count }))).collect()
 }
 
 fn folder_name(folder: &Path) -> String {

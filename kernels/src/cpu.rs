@@ -30,6 +30,12 @@ use crate::heap::shm::ShmHeap;
 use crate::problem::{ActFormat, Form, LayerShape, TOP_K_MAX};
 use crate::route::RouteTable;
 
+/// Bytes of a slot of a layer of `shape`.
+#[must_use]
+pub fn slot_bytes(shape: &LayerShape) -> u64 {
+    layout::expert_bytes(shape) as u64
+}
+
 /// How the device uses the processor.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CpuOptions {
@@ -181,9 +187,7 @@ impl CpuDevice {
         checkpoint: &Checkpoint,
         max_tokens: u32,
     ) -> Result<Self, LoadError> {
-        let hidden = checkpoint.layers().iter().map(|layer| layer.shape.hidden).max().unwrap_or(0);
-        let max_pairs = max_tokens.saturating_mul(TOP_K_MAX);
-        let heap = ShmHeap::alone(HeapShape { ranks: 1, max_tokens, max_pairs, hidden })?;
+        let heap = ShmHeap::alone(HeapShape::alone(max_tokens, checkpoint.layers()))?;
         let mut slots = CpuSlots::new(options)?;
         for (position, layer) in checkpoint.layers().iter().enumerate() {
             slots.load(checkpoint, position, LayerSlots::whole(layer.shape.experts))?;

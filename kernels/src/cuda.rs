@@ -299,6 +299,12 @@ pub struct CudaDevice {
     group: Group,
 }
 
+/// Bytes of an expert of a layer of `shape`.
+#[must_use]
+pub fn expert_bytes(shape: &LayerShape) -> u64 {
+    units::expert_bytes(shape).iter().map(|&bytes| bytes as u64).sum()
+}
+
 impl CudaDevice {
     /// Makes a device that is alone, with every layer of a checkpoint. The device code is compiled
     /// here, unless it was before; nothing is compiled on a call.

@@ -16,8 +16,9 @@ pub mod shm;
 use std::fmt::Debug;
 use std::time::Duration;
 
+use crate::checkpoint::MoeLayer;
 use crate::numeric::BLOCK;
-use crate::problem::ActFormat;
+use crate::problem::{ActFormat, LayerShape, TOP_K_MAX};
 
 /// Words that different processes write lie in different lines.
 const LINE: u64 = 64;
@@ -43,6 +44,27 @@ pub struct HeapShape {
     pub max_pairs: u32,
     /// Width of the widest layer.
     pub hidden: u32,
+}
+
+impl HeapShape {
+    /// For a rank that is alone: room for any k that a device takes. Its pages are resident once they
+    /// are written.
+    #[must_use]
+    pub fn alone(max_tokens: u32, layers: &[MoeLayer]) -> Self {
+        let max_pairs = max_tokens.saturating_mul(TOP_K_MAX);
+        Self { ranks: 1, max_tokens, max_pairs, hidden: widest(layers, |shape| shape.hidden) }
+    }
+
+    /// For a group, whose heap is allocated whole: room for the model's own k.
+    #[must_use]
+    pub fn of_group(ranks: u32, max_tokens: u32, layers: &[MoeLayer]) -> Self {
+        let max_pairs = max_tokens.saturating_mul(widest(layers, |shape| shape.top_k));
+        Self { ranks, max_tokens, max_pairs, hidden: widest(layers, |shape| shape.hidden) }
+    }
+}
+
+fn widest(layers: &[MoeLayer], of: fn(&LayerShape) -> u32) -> u32 {
+    layers.iter().map(|layer| of(&layer.shape)).max().unwrap_or(0)
 }
 
 /// Where everything lies in a rank's region, in bytes from its start.

@@ -79,7 +79,7 @@ fn bad_calls_are_refused_with_their_values_and_the_engine_lives() {
         other => panic!("{other:?}"),
     };
     let unknown = refused(&mut engine, Call { layer: 7, ..good });
-    assert_eq!(unknown, Refusal::Layer { layer: 7, served: vec![0] });
+    assert_eq!(unknown, Refusal::Layer { layer: 7, reason: None, served: vec![0] });
     for top_k in [0, 17, u32::MAX] {
         let refusal = refused(&mut engine, Call { top_k, ..good });
         assert_eq!(refusal, Refusal::TopK { top_k, max: 16 });

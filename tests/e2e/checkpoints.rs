@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use protocol::message::Phase;
 use reference::compare::Comparison;
@@ -12,7 +13,7 @@ use serde_json::json;
 use tests::call::through;
 use tests::case::Case;
 use tests::rewrite::{Rewrite, Tensor};
-use tests::worker_process::Worker;
+use tests::worker_process::{Worker, program};
 
 use crate::{BF16, NVFP4, assert_says, data};
 
@@ -42,6 +43,12 @@ fn refusal(folder: &Path) -> String {
     assert_eq!(status.code(), Some(1), "{log}");
     assert!(!log.contains("panicked"), "{log}");
     log
+}
+
+/// A case whose checkpoint the package compressed-tensors wrote: global scales divide.
+#[test]
+fn compressed_tensors_are_served() {
+    assert_served(&data("compressed-tensors-case"));
 }
 
 /// Mixtral's names, with gate and up scales that differ (by a factor of 70 in one expert).
@@ -141,6 +148,72 @@ fn activations_that_are_not_served_are_named() {
     };
     assert_says(&case("swiglu_limit", json!(-0.5)), &["swiglu_limit", "-0.5"]);
     assert_says(&case("hidden_act", json!("gelu_tanh")), &["hidden_act", "gelu_tanh"]);
+}
+
+/// A bf16 matrix of as many elements; which, is of no matter.
+fn unquantise(weight: &mut Tensor) {
+    weight.dtype = Dtype::BF16;
+    weight.shape[1] *= 2;
+    weight.bytes = weight.bytes.repeat(4);
+}
+
+/// A whole layer may be left out of the quantisation; an expert of a quantised layer may not.
+#[test]
+fn one_unquantised_expert_in_a_quantised_layer_is_named() {
+    for expert in [0, 2] {
+        let mut case = golden("e4_k4_h512_i256");
+        let of_expert = format!(".experts.{expert}.");
+        case.tensors.retain(|name, _| !name.contains(&of_expert) || name.ends_with("proj.weight"));
+        let weights = case.tensors.iter_mut().filter(|(name, _)| name.contains(&of_expert));
+        weights.for_each(|(_, weight)| unquantise(weight));
+        let named = format!("experts.{expert}.gate_proj.weight has dtype BF16, expected U8");
+        assert_says(&refusal(case.write().unwrap().path()), &[&named]);
+    }
+}
+
+#[test]
+fn a_checkpoint_without_a_quantised_layer_is_refused() {
+    let mut case = golden("e4_k4_h512_i256");
+    case.tensors.retain(|name, _| name.ends_with("proj.weight"));
+    case.tensors.values_mut().for_each(unquantise);
+    let said = refusal(case.write().unwrap().path());
+    assert_says(&said, &["no layer can be served", "layer 0: its experts are BF16, not NVFP4"]);
+}
+
+/// What would be served, and what a start would end with, without one.
+#[test]
+fn a_checkpoint_can_be_checked_without_a_start() {
+    let check = |options: &[&str]| {
+        let mut check = Command::new(program("moeplane-worker").unwrap());
+        let output = check.arg("check").args(options).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(text).unwrap())
+    };
+    let folder = data("field/pass/layer_left_bf16");
+    let (code, said) = check(&["--model", folder.to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_says(&said, &["served      layer 0: 4 experts, top-2, hidden 64, intermediate 128"]);
+    assert_says(&said, &["not served  layer 1: its experts are BF16", "act         bf16, nvfp4"]);
+    assert_says(&said, &["memory      cpu: 0.1 MiB of packed experts", "cuda: "]);
+
+    let tiny = data("tiny-kjv-moe/model-nvfp4");
+    let tiny = tiny.to_str().unwrap();
+    let (code, said) = check(&["--model", tiny, "--ranks", "4", "--slots", "9"]);
+    assert_eq!(code, Some(0), "{said}");
+    // 4 layers x 9 slots x 3 x 256 x 192 weights of 4.5 bits.
+    assert_says(&said, &["each of 4 ranks: 2.8 MiB of packed experts, 9 slots a layer", "heap"]);
+    let (code, said) = check(&["--model", tiny, "--ranks", "4", "--slots", "7"]);
+    assert_eq!((code, said.contains("expert 7 has no slot")), (Some(1), true), "{said}");
+    let (code, said) = check(&["--model", tiny, "--ranks", "0"]);
+    assert_eq!((code, said.contains("ranks is 0, expected 1 to 64")), (Some(64), true), "{said}");
+
+    let mut case = golden("e4_k4_h512_i256");
+    let scales = "model.layers.0.mlp.experts.3.up_proj.weight_scale";
+    case.tensors.get_mut(scales).unwrap().bytes[5] = 0x7f;
+    let broken = case.write().unwrap();
+    let (code, said) = check(&["--model", broken.path().to_str().unwrap()]);
+    assert_eq!((code, said.contains(scales)), (Some(1), true), "{said}");
+    assert_says(&refusal(broken.path()), &[scales]);
 }
 
 /// Calibration never reached experts 3 and 5.

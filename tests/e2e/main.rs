@@ -5,6 +5,7 @@ mod calls;
 mod checkpoints;
 mod conformance;
 mod failures;
+mod field;
 mod groups;
 mod raw;
 mod shutdown;

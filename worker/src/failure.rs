@@ -5,10 +5,14 @@ use kernels::group::Phase;
 use kernels::problem::TOP_K_MAX;
 use protocol::refusal::Refusal;
 
+use crate::model::Model;
+
 /// The words of the protocol for a device's error.
-pub(crate) fn refusal(error: CallError) -> Refusal {
+pub(crate) fn refusal(error: CallError, model: &Model) -> Refusal {
     match error {
-        CallError::Layer { layer, served } => Refusal::Layer { layer, served },
+        CallError::Layer { layer, served } => {
+            Refusal::Layer { layer, reason: model.why_unserved(layer), served }
+        }
         CallError::TopK { top_k } => Refusal::TopK { top_k, max: TOP_K_MAX },
         CallError::ExpertId { token, place, id, last } => {
             Refusal::ExpertId { token, place, id, last }
@@ -68,8 +72,14 @@ mod tests {
                 reason: Reason::Lost,
             }),
         ];
+        let model = Model {
+            name: "m".to_owned(),
+            layers: Vec::new(),
+            unserved: Vec::new(),
+            no_nvfp4: None,
+        };
         for error in errors {
-            assert_eq!(refusal(error.clone()).to_string(), error.to_string(), "{error:?}");
+            assert_eq!(refusal(error.clone(), &model).to_string(), error.to_string(), "{error:?}");
         }
     }
 }

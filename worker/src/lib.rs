@@ -2,6 +2,7 @@
 //! HTTP server and no wasm.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod config;
 mod connection;
 mod failure;

@@ -12,11 +12,12 @@ use kernels::cpu::Isa;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 use tracing_subscriber::EnvFilter;
-use worker::Rank;
+use worker::check::Question;
 use worker::config::{
     Config, ConfigError, DeviceKind, DeviceSettings, EngineSettings, GroupSettings, LogConfig,
     LogFormat, LogSettings, Settings,
 };
+use worker::{Rank, StartError};
 
 /// Exit code of a configuration that cannot be used (sysexits' EX_USAGE).
 const BAD_CONFIG: u8 = 64;
@@ -37,6 +38,22 @@ enum Command {
         /// End when the process that started this one does, however that ends.
         #[arg(long)]
         exit_with_parent: bool,
+    },
+    /// Prints what of a checkpoint would be served, what not and why, and the memory it would take;
+    /// reads every scale. Exit code 1 if a worker would not start on it.
+    Check {
+        /// Folder of the checkpoint.
+        #[arg(long)]
+        model: PathBuf,
+        /// Ranks that would hold the experts together; one alone without.
+        #[arg(long)]
+        ranks: Option<u32>,
+        /// Slots of each rank and layer; as few as hold every expert once without.
+        #[arg(long, visible_alias = "slots-per-rank", default_value_t = 0)]
+        slots: u32,
+        /// Most tokens of a call.
+        #[arg(long)]
+        max_tokens: Option<u32>,
     },
     /// Prints the configuration with every default filled in.
     Config(Options),
@@ -147,6 +164,13 @@ fn main() -> ExitCode {
             (true, options)
         }
         Command::Config(options) => (false, options),
+        Command::Check { model, ranks, slots, max_tokens } => {
+            return match check(&Question { model, ranks, slots, max_tokens }) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) if error.is::<ConfigError>() => failed(&error, BAD_CONFIG),
+                Err(error) => failed(&error, 1),
+            };
+        }
     };
     let config = match options.config().and_then(log_to_stderr) {
         Ok(config) => config,
@@ -194,6 +218,15 @@ fn serve(config: &Config) -> anyhow::Result<()> {
         pipe::register(signal, signalled.try_clone()?)?;
     }
     Ok(Rank::start(config)?.serve(&stop)?)
+}
+
+fn check(question: &Question) -> anyhow::Result<()> {
+    use io::Write;
+    let report = question.answer().map_err(|error| match error {
+        StartError::Config(error) => error.into(),
+        error => anyhow::Error::from(error),
+    })?;
+    Ok(write!(io::stdout(), "{report}")?)
 }
 
 fn print(config: &Config) -> anyhow::Result<()> {

@@ -2,13 +2,14 @@
 
 use kernels::checkpoint::Checkpoint;
 use kernels::problem::ActFormat;
-use protocol::message::ServedLayer;
+use protocol::message::{ServedLayer, UnservedLayer};
 
 /// The facts of a checkpoint.
 #[derive(Debug)]
 pub(crate) struct Model {
     pub(crate) name: String,
     pub(crate) layers: Vec<ServedLayer>,
+    pub(crate) unserved: Vec<UnservedLayer>,
     /// Why `act=nvfp4` cannot be served, if so.
     pub(crate) no_nvfp4: Option<String>,
 }
@@ -22,11 +23,21 @@ impl Model {
             hidden: layer.shape.hidden,
             intermediate: layer.shape.intermediate,
         });
+        let unserved = checkpoint.unserved().iter();
+        let unserved = unserved
+            .map(|layer| UnservedLayer { number: layer.number, reason: layer.why.to_string() });
         Self {
             name: checkpoint.name().to_owned(),
             layers: layers.collect(),
+            unserved: unserved.collect(),
             no_nvfp4: checkpoint.check_act(ActFormat::Nvfp4).err().map(|e| e.to_string()),
         }
+    }
+
+    /// Why the model's layer `number` is not served.
+    pub(crate) fn why_unserved(&self, number: u32) -> Option<String> {
+        let layer = self.unserved.iter().find(|layer| layer.number == number)?;
+        Some(layer.reason.clone())
     }
 
     /// Width of the widest layer.

@@ -70,7 +70,7 @@ impl Placements {
     pub(crate) fn new(group: &GroupConfig, layers: &[MoeLayer]) -> Result<Self, PlaceError> {
         let placements = match &group.placement {
             Some(path) => read(path, group.ranks, layers)?,
-            None => contiguous(group, layers)?,
+            None => contiguous(group.ranks, group.slots_per_rank, layers)?,
         };
         Ok(Self { layers: placements })
     }
@@ -113,12 +113,17 @@ fn read(path: &Path, ranks: u32, layers: &[MoeLayer]) -> Result<Vec<Placement>, 
     layers.iter().zip(&phy2log).map(placement).collect()
 }
 
-fn contiguous(group: &GroupConfig, layers: &[MoeLayer]) -> Result<Vec<Placement>, PlaceError> {
+/// Experts in order; with `slots_per_rank` 0, in as few slots as hold every expert once.
+pub(crate) fn contiguous(
+    ranks: u32,
+    slots_per_rank: u32,
+    layers: &[MoeLayer],
+) -> Result<Vec<Placement>, PlaceError> {
     let placement = |layer: &MoeLayer| {
         let experts = layer.shape.experts;
-        let fewest = experts.div_ceil(group.ranks);
-        let slots = if group.slots_per_rank == 0 { fewest } else { group.slots_per_rank };
-        Placement::contiguous(experts, group.ranks, slots)
+        let fewest = experts.div_ceil(ranks);
+        let slots = if slots_per_rank == 0 { fewest } else { slots_per_rank };
+        Placement::contiguous(experts, ranks, slots)
             .map_err(|source| PlaceError::Layer { layer: layer.number, source })
     };
     layers.iter().map(placement).collect()

@@ -250,7 +250,8 @@ impl Rank {
         let memory = SharedMemory::create("engine buffer", layout.bytes)
             .map_err(|error| Refusal::Memory { reason: error.to_string() })?;
         let connection = &mut self.connections[index];
-        let attached = Attached { layout, layers: self.model.layers.clone() };
+        let Model { layers, unserved, .. } = &self.model;
+        let attached = Attached { layout, layers: layers.clone(), unserved: unserved.clone() };
         connection.answer(Kind::Attached, 0, &json(&attached), Some(memory.fd()));
         tracing::info!(client = connection.client, %act, %weights_in, max_tokens, "attached");
         connection.state =
@@ -318,7 +319,7 @@ impl Rank {
         let early = connection.take_calls();
         match ran {
             Ok(()) => connection.answer(Kind::Done, frame.seq, &[], None),
-            Err(error) => connection.refuse(&refusal(error), frame.seq),
+            Err(error) => connection.refuse(&refusal(error, &self.model), frame.seq),
         }
         for seq in early {
             if let State::Attached(attachment) = &mut connection.state

@@ -77,6 +77,9 @@ impl Rank {
             tracing::warn!(reason, "act=nvfp4 is not served");
         }
         let max_tokens = config.engine.max_tokens;
+        for layer in &model.unserved {
+            tracing::info!(layer = layer.number, reason = layer.reason, "not served");
+        }
         let mut device: Box<dyn Device> = match (&config.group, config.device.kind) {
             (None, DeviceKind::Cpu) => {
                 Box::new(CpuDevice::alone(options, &checkpoint, max_tokens)?)
@@ -115,17 +118,11 @@ fn join(
 ) -> Result<CpuDevice, StartError> {
     let layers = checkpoint.layers();
     let placements = Placements::new(group, layers)?;
-    let widest = |of: fn(&_) -> u32| layers.iter().map(|layer| of(&layer.shape)).max().unwrap_or(0);
     let mut slots = CpuSlots::new(options).map_err(LoadError::from)?;
     for position in 0..layers.len() {
         slots.load(checkpoint, position, placements.slots(position, group.rank))?;
     }
-    let shape = HeapShape {
-        ranks: group.ranks,
-        max_tokens,
-        max_pairs: max_tokens.saturating_mul(widest(|shape| shape.top_k)),
-        hidden: widest(|shape| shape.hidden),
-    };
+    let shape = HeapShape::of_group(group.ranks, max_tokens, layers);
     let device = |tactic: Option<String>| tactic.unwrap_or_else(|| "by tokens".to_owned());
     let terms: Terms = [
         ("protocol version", VERSION.to_string()),

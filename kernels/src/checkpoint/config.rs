@@ -26,6 +26,8 @@ pub(super) const CONFIG: &str = "config.json";
 pub(super) struct Config {
     pub(super) quantiser: Quantiser,
     pub(super) shape: LayerShape,
+    /// Layers of the model, dense ones counted.
+    pub(super) count: u32,
     /// The model's numbers of its MoE layers, ascending.
     pub(super) layers: Vec<u32>,
 }
@@ -81,7 +83,8 @@ impl Config {
         let model = model.map_err(json)?;
         let nested = text_config.as_ref().and_then(|text| text.get("quantization_config"));
         let quantiser = Quantiser::read(folder, quantization_config.as_ref().or(nested))?;
-        Ok(Self { quantiser, shape: model.shape()?, layers: model.moe_layers()? })
+        let count = model.layer_count()?;
+        Ok(Self { quantiser, shape: model.shape()?, count, layers: model.moe_layers(count)? })
     }
 }
 
@@ -117,11 +120,15 @@ impl ModelConfig {
         })
     }
 
-    fn moe_layers(&self) -> Result<Vec<u32>, CheckpointError> {
+    fn layer_count(&self) -> Result<u32, CheckpointError> {
         let count = required(self.num_hidden_layers, "num_hidden_layers")?;
         if count > LAYERS_MAX {
             return Err(wrong_value(CONFIG, "num_hidden_layers", &count, "at most 4096"));
         }
+        Ok(count)
+    }
+
+    fn moe_layers(&self, count: u32) -> Result<Vec<u32>, CheckpointError> {
         let layers: Vec<u32> = (0..count).filter(|&layer| self.is_moe(layer)).collect();
         if layers.is_empty() {
             let expected = "at least one layer with experts";

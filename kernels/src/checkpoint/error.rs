@@ -8,6 +8,26 @@ use safetensors::{Dtype, SafeTensorError};
 
 use crate::problem::ShapeError;
 
+/// Why a layer of a checkpoint is left to the engine, while others are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WhyUnserved {
+    /// It has no experts.
+    #[error("it is dense, by config.json")]
+    Dense,
+    /// The quantiser left it out.
+    #[error("its experts are {dtype:?}, not NVFP4: the quantiser left them as they were")]
+    Unquantised {
+        /// Type of all its weights.
+        dtype: Dtype,
+    },
+    /// Its number lies beyond the model's layers, as of heads that predict further tokens.
+    #[error("config.json counts {count} layers, of which it is none")]
+    Beyond {
+        /// Layers of the model.
+        count: u32,
+    },
+}
+
 /// A checkpoint that cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -93,6 +113,14 @@ pub enum CheckpointError {
     MissingLayer {
         /// The layer.
         layer: u32,
+    },
+    /// A checkpoint without one layer that can be served.
+    #[error("no layer can be served; layer {layer}: {why}")]
+    NothingServed {
+        /// The first layer.
+        layer: u32,
+        /// Why it is not served.
+        why: WhyUnserved,
     },
     /// Two sets of experts for one layer.
     #[error("layer {layer} has experts at both {first} and {second}, expected one place")]

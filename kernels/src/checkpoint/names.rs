@@ -128,22 +128,32 @@ impl Names {
     }
 }
 
-/// Where each layer's experts are: its number and the names' part up to and with `experts`.
-/// Multi-token-prediction heads (`mtp.`) have layers of their own, which are not served.
-pub(super) fn expert_prefixes(tensors: &Tensors) -> Result<BTreeMap<u32, &str>, CheckpointError> {
-    let mut prefixes: BTreeMap<u32, &str> = BTreeMap::new();
+/// Where a layer's experts are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place<'a> {
+    /// The names' part up to and with `experts`.
+    pub(super) prefix: &'a str,
+    /// A tensor among them that no NVFP4 expert here has, and why it would matter.
+    pub(super) unserved: Option<(&'a str, &'static str)>,
+}
+
+/// Where each layer's experts are, by its number. Multi-token-prediction heads (`mtp.`) have layers of
+/// their own, which are not served.
+pub(super) fn expert_places(
+    tensors: &Tensors,
+) -> Result<BTreeMap<u32, Place<'_>>, CheckpointError> {
+    let mut places: BTreeMap<u32, Place<'_>> = BTreeMap::new();
     for name in tensors.names().filter(|name| !name.starts_with("mtp.")) {
         let Some((prefix, layer, rest)) = split_prefix(name) else { continue };
-        let known = *prefixes.entry(layer).or_insert(prefix);
-        if known != prefix {
-            let (first, second) = (known.to_owned(), prefix.to_owned());
+        let place = places.entry(layer).or_insert(Place { prefix, unserved: None });
+        if place.prefix != prefix {
+            let (first, second) = (place.prefix.to_owned(), prefix.to_owned());
             return Err(CheckpointError::AmbiguousLayer { layer, first, second });
         }
-        if let Some((_, reason)) = UNSERVED.iter().find(|(ending, _)| rest.ends_with(ending)) {
-            return Err(tensors.unserved(name, reason));
-        }
+        let ending = UNSERVED.iter().find(|(ending, _)| rest.ends_with(ending));
+        place.unserved = place.unserved.or(ending.map(|&(_, reason)| (name, reason)));
     }
-    Ok(prefixes)
+    Ok(places)
 }
 
 /// `model.layers.3.mlp.experts.0.w1.weight` is (`model.layers.3.mlp.experts`, 3, `0.w1.weight`).

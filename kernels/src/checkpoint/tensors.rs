@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::ops::Range;
+use std::ops::{Bound, Range};
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
@@ -148,6 +148,21 @@ impl Tensors {
 
     pub(super) fn contains(&self, tensor: &str) -> bool {
         self.entries.contains_key(tensor)
+    }
+
+    /// The one type of all weight matrices whose names begin with `prefix`; none where they differ.
+    pub(super) fn weights_dtype(&self, prefix: &str) -> Option<Dtype> {
+        let is_weight = |name: &str| {
+            // Stacked experts may be the projection's name alone.
+            let last = name.rsplit('.').next().unwrap_or(name);
+            last == "weight" || last == "weight_packed" || last.ends_with("_proj")
+        };
+        let from = (Bound::Included(prefix), Bound::Unbounded);
+        let below = self.entries.range::<str, _>(from);
+        let below = below.take_while(|(name, _)| name.starts_with(prefix));
+        let mut dtypes = below.filter(|(name, _)| is_weight(name)).map(|(_, entry)| entry.dtype);
+        let first = dtypes.next()?;
+        dtypes.all(|dtype| dtype == first).then_some(first)
     }
 
     /// Refuses a tensor that is there.

@@ -27,7 +27,7 @@ use serde::de::DeserializeOwned;
 
 use crate::buffer::{Buffer, BufferLayout};
 use crate::frame::{Decoder, Frame, Kind, Malformed, REPLY_BYTES_MAX, encode};
-use crate::message::{Attach, Attached, Call, Hello, ServedLayer, Welcome};
+use crate::message::{Attach, Attached, Call, Hello, ServedLayer, UnservedLayer, Welcome};
 use crate::refusal::Refusal;
 use crate::stream::{receive, send};
 
@@ -112,6 +112,7 @@ pub struct Engine {
     connection: Connection,
     welcome: Welcome,
     layers: Vec<ServedLayer>,
+    unserved: Vec<UnservedLayer>,
     layout: BufferLayout,
     buffer: Buffer,
     next_seq: u64,
@@ -160,7 +161,8 @@ impl Client {
     pub fn attach(self, attach: &Attach) -> Result<Engine, ClientError> {
         let Self { mut connection, welcome } = self;
         connection.send(Kind::Attach, 0, &json(attach))?;
-        let Attached { layout, layers } = connection.json(Kind::Attached, "the attachment")?;
+        let Attached { layout, layers, unserved } =
+            connection.json(Kind::Attached, "the attachment")?;
         let Some(fd) = connection.fd.take() else {
             let (got, expected) = ("an attachment without a descriptor".to_owned(), "one");
             return Err(ClientError::Unexpected { got, expected });
@@ -170,7 +172,7 @@ impl Client {
             return Err(ClientError::Unexpected { got, expected });
         }
         let buffer = Buffer::map(&fd, layout.bytes)?;
-        Ok(Engine { connection, welcome, layers, layout, buffer, next_seq: 1 })
+        Ok(Engine { connection, welcome, layers, unserved, layout, buffer, next_seq: 1 })
     }
 }
 
@@ -185,6 +187,12 @@ impl Engine {
     #[must_use]
     pub fn layers(&self) -> &[ServedLayer] {
         &self.layers
+    }
+
+    /// The model's other layers, which stay with the engine, ascending.
+    #[must_use]
+    pub fn unserved(&self) -> &[UnservedLayer] {
+        &self.unserved
     }
 
     /// The buffer, for engines that write tensors in place.

@@ -133,6 +133,15 @@ pub struct ServedLayer {
     pub intermediate: u32,
 }
 
+/// A layer that is left to the engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnservedLayer {
+    /// The model's number of the layer.
+    pub number: u32,
+    /// Why, in words.
+    pub reason: String,
+}
+
 /// A worker's answer to [`Attach`]; the frame carries the buffer's descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
@@ -140,6 +149,9 @@ pub struct Attached {
     pub layout: BufferLayout,
     /// The layers that may be called, ascending.
     pub layers: Vec<ServedLayer>,
+    /// The model's other layers, ascending.
+    #[serde(default)]
+    pub unserved: Vec<UnservedLayer>,
 }
 
 /// Runs one layer on what is in the buffer: hidden states bf16 `[tokens, hidden]`, ids i32 and

@@ -123,10 +123,12 @@ pub enum Refusal {
         max: u32,
     },
     /// A layer that is not served.
-    #[error("layer {layer} is not served, expected one of {served:?}")]
+    #[error("layer {layer} is not served{}, expected one of {served:?}", because(reason.as_ref()))]
     Layer {
         /// The layer.
         layer: u32,
+        /// Why, where the model has the layer.
+        reason: Option<String>,
         /// Those that are.
         served: Vec<u32>,
     },
@@ -176,4 +178,8 @@ pub enum Refusal {
         /// How much, for what, and why not.
         reason: String,
     },
+}
+
+fn because(reason: Option<&String>) -> String {
+    reason.map(|reason| format!(" ({reason})")).unwrap_or_default()
 }

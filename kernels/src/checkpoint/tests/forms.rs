@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::golden::data;
 use super::written::{EXPERTS, Projection, Sample, WORDS, assert_experts, projection};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, UnservedLayer, WhyUnserved};
 use crate::expert::RawProjection;
 use crate::numeric::dequantise_row;
 use crate::problem::{ActFormat, Swiglu};
@@ -147,6 +147,33 @@ fn deepseek_layers_and_shared_experts() {
     assert_eq!(numbers, [1, 2]);
     assert_experts(&checkpoint, 0, 1);
     assert_experts(&checkpoint, 1, 2);
+    let left = |number, why| UnservedLayer { number, why };
+    let beyond = WhyUnserved::Beyond { count: 3 };
+    assert_eq!(checkpoint.unserved(), [left(0, WhyUnserved::Dense), left(3, beyond)]);
+}
+
+/// Whatever form the experts of a layer have that was left out, and whatever they have that NVFP4
+/// experts may not.
+#[test]
+fn layers_without_quantised_experts_are_left_out() {
+    let mut sample = Sample::modelopt();
+    sample.config["num_hidden_layers"] = json!(3);
+    let experts = "model.layers.1.mlp.experts";
+    let shape = [EXPERTS, 64, 64];
+    let bytes = vec![0; EXPERTS * 64 * 64 * 2];
+    sample.put(&format!("{experts}.gate_up_proj"), Dtype::BF16, &shape, bytes.clone());
+    sample.put(&format!("{experts}.down_proj"), Dtype::BF16, &shape, bytes);
+    sample.floats(&format!("{experts}.gate_up_proj_bias"), &[2], &[0.0, 1.0]);
+    for word in WORDS {
+        let stem = format!("model.layers.2.mlp.experts.0.{word}");
+        sample.put(&format!("{stem}.weight"), Dtype::F8_E4M3, &[32, 64], vec![0; 2048]);
+        sample.floats(&format!("{stem}.weight_scale"), &[], &[1.0]);
+    }
+    let checkpoint = sample.open().unwrap();
+    assert_experts(&checkpoint, 0, 0);
+    assert_eq!(checkpoint.layers().len(), 1);
+    let left = |number, dtype| UnservedLayer { number, why: WhyUnserved::Unquantised { dtype } };
+    assert_eq!(checkpoint.unserved(), [left(1, Dtype::BF16), left(2, Dtype::F8_E4M3)]);
 }
 
 #[test]
