@@ -217,6 +217,9 @@ pub trait SymmetricHeap: Send + Sync + Debug {
     /// Says whether this rank waits for its engine and would join a call by itself.
     fn set_parked(&self, parked: bool);
 
-    /// Sleeps until rung while parked, at most for `timeout`; says whether it was.
-    fn sleep_parked(&self, timeout: Duration) -> bool;
+    /// How often this rank was rung while parked.
+    fn rung_parked(&self) -> u32;
+
+    /// Sleeps until rung while parked more often than `rung`, at most for `timeout`.
+    fn sleep_parked(&self, rung: u32, timeout: Duration);
 }

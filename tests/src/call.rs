@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use half::bf16;
-use kernels::device::{CallOffsets, Device, LayerCall};
+use kernels::device::{CallError, CallOffsets, Device, LayerCall};
 use kernels::memory::SharedMemory;
 use kernels::problem;
 use protocol::client::{ClientError, Engine};
@@ -35,6 +35,58 @@ pub fn through(
     Ok(output)
 }
 
+/// A call in this process, its inputs in a buffer.
+#[derive(Debug)]
+pub struct InProcess {
+    buffer: SharedMemory,
+    offsets: CallOffsets,
+    form: problem::Form,
+    /// Layer, tokens and top-k.
+    call: (u32, u32, u32),
+    elements: usize,
+}
+
+impl InProcess {
+    /// Writes the inputs.
+    pub fn new(layer: u32, variant: Variant, inputs: &Inputs) -> Result<Self> {
+        let (row_bytes, place_bytes) = (inputs.x.len() as u64 * 2, inputs.ids.len() as u64 * 4);
+        let offsets = CallOffsets {
+            hidden: 0,
+            output: row_bytes,
+            topk_ids: 2 * row_bytes,
+            topk_weights: 2 * row_bytes + place_bytes,
+        };
+        let buffer = SharedMemory::create("call", 2 * (row_bytes + place_bytes))?;
+        let hidden: Vec<bf16> = inputs.x.iter().map(|&bits| bf16::from_bits(bits)).collect();
+        buffer.write(offsets.hidden, &hidden);
+        buffer.write(offsets.topk_ids, &inputs.ids);
+        buffer.write(offsets.topk_weights, &inputs.weights);
+        // What an earlier call might have left there must not come through.
+        buffer.write(offsets.output, &vec![bf16::NAN; hidden.len()]);
+        let Attach { act, weights_in, .. } = attach(variant, 0);
+        let form = problem::Form {
+            act: act.to_string().parse()?,
+            weights_in: weights_in.to_string().parse()?,
+        };
+        let call = (layer, u32::try_from(inputs.tokens())?, u32::try_from(inputs.top_k)?);
+        Ok(Self { buffer, offsets, form, call, elements: hidden.len() })
+    }
+
+    /// Runs the call.
+    pub fn run(&self, device: &mut dyn Device) -> Result<(), CallError> {
+        let Self { ref buffer, offsets, form, call: (layer, tokens, top_k), .. } = *self;
+        device.run(&LayerCall { layer, tokens, top_k, form, buffer, offsets })
+    }
+
+    /// The output's bf16 bits.
+    #[must_use]
+    pub fn output(&self) -> Vec<u16> {
+        let mut output = vec![bf16::ZERO; self.elements];
+        self.buffer.read(self.offsets.output, &mut output);
+        output.into_iter().map(bf16::to_bits).collect()
+    }
+}
+
 /// Runs `inputs` through one layer of a device in this process; returns bf16 bits.
 pub fn in_process(
     device: &mut dyn Device,
@@ -42,36 +94,9 @@ pub fn in_process(
     variant: Variant,
     inputs: &Inputs,
 ) -> Result<Vec<u16>> {
-    let (row_bytes, place_bytes) = (inputs.x.len() as u64 * 2, inputs.ids.len() as u64 * 4);
-    let offsets = CallOffsets {
-        hidden: 0,
-        output: row_bytes,
-        topk_ids: 2 * row_bytes,
-        topk_weights: 2 * row_bytes + place_bytes,
-    };
-    let buffer = SharedMemory::create("call", 2 * (row_bytes + place_bytes))?;
-    let hidden: Vec<bf16> = inputs.x.iter().map(|&bits| bf16::from_bits(bits)).collect();
-    buffer.write(offsets.hidden, &hidden);
-    buffer.write(offsets.topk_ids, &inputs.ids);
-    buffer.write(offsets.topk_weights, &inputs.weights);
-    // What an earlier call might have left there must not come through.
-    buffer.write(offsets.output, &vec![bf16::NAN; hidden.len()]);
-    let Attach { act, weights_in, .. } = attach(variant, 0);
-    let form = problem::Form {
-        act: act.to_string().parse()?,
-        weights_in: weights_in.to_string().parse()?,
-    };
-    device.run(&LayerCall {
-        layer,
-        tokens: u32::try_from(inputs.tokens())?,
-        top_k: u32::try_from(inputs.top_k)?,
-        form,
-        buffer: &buffer,
-        offsets,
-    })?;
-    let mut output = vec![bf16::ZERO; hidden.len()];
-    buffer.read(offsets.output, &mut output);
-    Ok(output.into_iter().map(bf16::to_bits).collect())
+    let call = InProcess::new(layer, variant, inputs)?;
+    call.run(device)?;
+    Ok(call.output())
 }
 
 /// The first layer that a worker serves, which is the one that cases are about.

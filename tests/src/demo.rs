@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use reference::layer::Variant;
 use tests::replay::{LayerReport, Replay, TOKENS_MAX};
+use tests::times::percentile;
 use tests::worker_process::Worker;
 
 /// Time between two progress lines.
@@ -82,7 +83,7 @@ impl Progress {
         let tokens: usize = layers.iter().map(|calls| calls.tokens).sum();
         let verified: usize = layers.iter().map(|calls| calls.times.len()).sum();
         let rate = |count: usize| count as f64 / passed.as_secs_f64();
-        let [p50, p99] = percentiles(latest.clone());
+        let [p50, p99] = percentiles(&latest);
         let line = format!(
             "act={:<5} {:>7.0} calls/s {:>8.0} tokens/s  p50 {p50:>6} us  p99 {p99:>6} us  \
              {verified:>8} calls verified",
@@ -107,12 +108,8 @@ impl Progress {
 }
 
 /// p50 and p99 in microseconds.
-fn percentiles(mut times: Vec<Duration>) -> [u128; 2] {
-    times.sort_unstable();
-    [50, 99].map(|percent| {
-        let at = times.len() * percent / 100;
-        times.get(at).or(times.last()).map_or(0, Duration::as_micros)
-    })
+fn percentiles(times: &[Duration]) -> [u128; 2] {
+    [50, 99].map(|percent| percentile(times, percent).as_micros())
 }
 
 fn table(reports: &[(Variant, Vec<LayerReport>)], out: &mut impl Write) -> Result<()> {
@@ -123,7 +120,7 @@ fn table(reports: &[(Variant, Vec<LayerReport>)], out: &mut impl Write) -> Resul
     let mut total = 0;
     for (variant, layers) in reports {
         for LayerReport { number, calls, verified, worst } in layers {
-            let [p50, p99] = percentiles(calls.times.clone());
+            let [p50, p99] = percentiles(&calls.times);
             let (act, count) = (variant.act(), calls.times.len());
             let of = if variant.nvfp4 { "block" } else { "row" };
             writeln!(

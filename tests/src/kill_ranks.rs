@@ -9,6 +9,7 @@ use reference::layer::Variant;
 use tests::group::Spec;
 use tests::kill::{Kill, Target};
 use tests::random::Random;
+use tests::times::percentile;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -60,15 +61,15 @@ fn table(ranks: usize, kills: &[Kill]) -> io::Result<()> {
         let heard = |phase: &str| {
             of.iter().flat_map(|kill| &kill.phases).filter(|heard| *heard == phase).count()
         };
-        let named = of.iter().map(|kill| kill.named).collect();
-        let served = of.iter().map(|kill| kill.served).collect();
+        let named: Vec<_> = of.iter().map(|kill| kill.named).collect();
+        let served: Vec<_> = of.iter().map(|kill| kill.served).collect();
         let (announce, compute) = (heard("announce"), heard("compute"));
         writeln!(
             out,
             "rank {victim} {:>7} {announce:>12} {compute:>11} {:>21} {:>22}",
             of.len(),
-            spread(named),
-            spread(served)
+            spread(&named),
+            spread(&served)
         )?;
     }
     let answers: usize = kills.iter().map(|kill| kill.answers).sum();
@@ -80,8 +81,7 @@ fn table(ranks: usize, kills: &[Kill]) -> io::Result<()> {
 }
 
 /// Median and largest, in milliseconds.
-fn spread(mut times: Vec<Duration>) -> String {
-    times.sort_unstable();
-    let ms = |time: Option<&Duration>| time.map_or(0.0, |time| 1e3 * time.as_secs_f64());
-    format!("{:.1} / {:.1}", ms(times.get(times.len() / 2)), ms(times.last()))
+fn spread(times: &[Duration]) -> String {
+    let ms = |percent| 1e3 * percentile(times, percent).as_secs_f64();
+    format!("{:.1} / {:.1}", ms(50), ms(100))
 }

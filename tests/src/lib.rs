@@ -13,5 +13,6 @@ pub mod rewrite;
 pub mod routing;
 pub mod shape_cases;
 pub mod synthetic;
+pub mod times;
 pub mod traffic;
 pub mod worker_process;

@@ -8,6 +8,7 @@ mod gpu_bench;
 mod gpu_check;
 mod group_calls;
 mod kill_ranks;
+mod latency;
 mod layer_report;
 
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Command {
     GroupCalls(group_calls::Options),
     /// Ranks of a group killed at random moments, with a table of what everybody heard.
     KillRanks(kill_ranks::Options),
+    /// How long calls of the small trained model take, through workers and groups.
+    Latency(latency::Options),
     /// How far each layer of a checkpoint is from the unquantised model's recorded outputs.
     LayerReport(layer_report::Options),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::GpuCheck(options) => gpu_check::run(&options),
         Command::GroupCalls(options) => group_calls::run(&options).map(|()| true),
         Command::KillRanks(options) => kill_ranks::run(&options).map(|()| true),
+        Command::Latency(options) => latency::run(&options).map(|()| true),
         Command::LayerReport(options) => layer_report::run(&options).map(|()| true),
     };
     match result {

@@ -1,5 +1,11 @@
 //! Every limit of the worker, and why it is what it is.
 
+use std::time::Duration;
+
+/// How long a rank that joins calls by itself looks for the next one before it sleeps: what it takes
+/// to be woken. Calls of a model come in rows, layer after layer.
+pub const LINGER: Duration = Duration::from_micros(50);
+
 /// Engines that may be connected at once. One rank serves one engine and those that look at it; the
 /// rest are lost clients.
 pub const CONNECTIONS_MAX: u32 = 64;

@@ -4,6 +4,8 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Instant;
 
 use kernels::device::{CallError, CallOffsets, Device, LayerCall};
 use kernels::memory::SharedMemory;
@@ -12,14 +14,14 @@ use protocol::buffer::BufferLayout;
 use protocol::frame::{Frame, Kind, Malformed};
 use protocol::message::{ActFormat, Attach, Attached, Call, Hello, WeightsIn, Welcome};
 use protocol::refusal::Refusal;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::connection::{Attachment, Connection, State};
 use crate::failure::refusal;
-use crate::limits::CONNECTIONS_MAX;
+use crate::limits::{CONNECTIONS_MAX, LINGER};
 use crate::model::Model;
 use crate::socket::Listener;
 use crate::watch::Watch;
@@ -54,15 +56,20 @@ impl Rank {
     /// # Errors
     /// When the system's poll fails.
     pub fn serve(mut self, stop: &UnixStream) -> io::Result<()> {
+        // Until when the next announcement of peers is looked for without sleep.
+        let mut linger = Instant::now();
         loop {
+            let mut lingers = false;
             if self.joins_by_itself() {
-                self.device.group().set_parked(true);
+                lingers = Instant::now() < linger;
+                self.device.group().set_parked(!lingers);
                 if self.device.group().is_pending() {
                     self.join();
-                    continue;
+                    linger = Instant::now() + LINGER;
+                    lingers = true;
                 }
             }
-            let [stopping, knocking, rung] = self.wait(stop)?;
+            let [stopping, knocking, rung] = self.wait(stop, lingers)?;
             self.device.group().set_parked(false);
             if let Some(watch) = self.watch.as_ref().filter(|_| rung) {
                 watch.hear();
@@ -86,8 +93,11 @@ impl Rank {
 
     /// Whether calls of other ranks do not wait for an engine of this one.
     fn joins_by_itself(&self) -> bool {
-        let waits_for = |connection: &Connection| matches!(&connection.state, State::Attached(attachment) if !attachment.idle);
-        self.watch.is_some() && (self.owes_part || !self.connections.iter().any(waits_for))
+        let calls = |connection: &Connection| match &connection.state {
+            State::Attached(attachment) => !attachment.idle,
+            State::New | State::Greeted => false,
+        };
+        self.watch.is_some() && (self.owes_part || !self.connections.iter().any(calls))
     }
 
     /// Takes part in a call that peers have announced.
@@ -101,9 +111,9 @@ impl Rank {
         }
     }
 
-    /// Waits for something to do; says whether to stop, whether somebody knocks, and whether peers
-    /// rang.
-    fn wait(&self, stop: &UnixStream) -> io::Result<[bool; 3]> {
+    /// Waits for something to do, or only looks; says whether to stop, whether somebody knocks, and
+    /// whether peers rang.
+    fn wait(&self, stop: &UnixStream, only_looks: bool) -> io::Result<[bool; 3]> {
         let listener = self.listener.listener.as_fd();
         let bell = self.watch.as_ref().map_or(stop, |watch| &watch.bell);
         let mut fds = vec![
@@ -115,7 +125,12 @@ impl Rank {
             let out = if connection.has_unsent() { PollFlags::OUT } else { PollFlags::empty() };
             PollFd::new(&connection.socket, PollFlags::IN | out)
         }));
-        match poll(&mut fds, None) {
+        if only_looks {
+            // Where ranks share a core, it may be this one's that somebody waits for.
+            thread::yield_now();
+        }
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut fds, only_looks.then_some(&now)) {
             Ok(_) => Ok([0, 1, 2].map(|n| !fds[n].revents().is_empty())),
             Err(Errno::INTR) => Ok([false; 3]),
             Err(error) => Err(error.into()),

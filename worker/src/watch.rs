@@ -30,9 +30,13 @@ impl Watch {
         rings.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
         let (watched, stopped) = (Arc::clone(heap), Arc::clone(&stop));
+        // Kept over the sleeps: what rings while the thread is at work ends the next one at once.
+        let mut heard = heap.rung_parked();
         let watch = move || {
             while !stopped.load(Ordering::Acquire) {
-                if watched.sleep_parked(SLEEP)
+                watched.sleep_parked(heard, SLEEP);
+                let rung = watched.rung_parked();
+                if std::mem::replace(&mut heard, rung) != rung
                     && let Err(error) = (&rings).write_all(&[1])
                     && error.kind() != ErrorKind::WouldBlock
                 {
@@ -62,5 +66,32 @@ impl Drop for Watch {
             tracing::error!("the thread that watches for peers panicked");
         }
         self.heap.set_parked(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use kernels::heap::HeapShape;
+    use kernels::heap::shm::ShmHeap;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+
+    /// Also a ring that comes while the thread is at work on the one before.
+    #[test]
+    fn no_ring_is_lost() {
+        let shape = HeapShape { ranks: 1, max_tokens: 1, max_pairs: 1, hidden: 32 };
+        let heap: Arc<dyn SymmetricHeap> = Arc::new(ShmHeap::alone(shape).unwrap());
+        let watch = Watch::start(&heap).unwrap();
+        heap.set_parked(true);
+        let deadline = Timespec { tv_sec: 20, tv_nsec: 0 };
+        for ring in 0..20_000 {
+            heap.ring_parked(0);
+            let mut bell = [PollFd::from_borrowed_fd(watch.bell.as_fd(), PollFlags::IN)];
+            assert_eq!(poll(&mut bell, Some(&deadline)).unwrap(), 1, "ring {ring} was not heard");
+            watch.hear();
+        }
     }
 }

@@ -285,11 +285,12 @@ impl SymmetricHeap for ShmHeap {
         fence(Ordering::SeqCst);
     }
 
-    fn sleep_parked(&self, timeout: Duration) -> bool {
-        let bell = self.layout.parked_bell();
-        let rung = self.word32(self.rank, bell).load(Ordering::SeqCst);
-        self.memory.sleep(self.at(self.rank, bell), rung, timeout);
-        self.word32(self.rank, bell).load(Ordering::SeqCst) != rung
+    fn rung_parked(&self) -> u32 {
+        self.word32(self.rank, self.layout.parked_bell()).load(Ordering::SeqCst)
+    }
+
+    fn sleep_parked(&self, rung: u32, timeout: Duration) {
+        self.memory.sleep(self.at(self.rank, self.layout.parked_bell()), rung, timeout);
     }
 }
 

@@ -46,6 +46,19 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
     Ok(target()?.join("debug").join(name))
 }
 
+/// Builds every program with all optimisation, for what is measured or carried away.
+pub(crate) fn release_programs() -> Result<()> {
+    let status = build_programs().arg("--release").status()?;
+    ensure!(status.success(), "the programs could not be built");
+    Ok(())
+}
+
+/// The same, and the path of one.
+pub(crate) fn release_program(name: &str) -> Result<PathBuf> {
+    release_programs()?;
+    Ok(target()?.join("release").join(name))
+}
+
 /// The target folder that cargo uses here.
 pub(crate) fn target() -> Result<PathBuf> {
     let output = cargo(&["metadata", "--format-version=1", "--no-deps", "--offline"]).output()?;

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::build::{cargo, root, target};
+use crate::build::{release_programs, root, target};
 
 /// Programs that the script starts.
 const PROGRAMS: [&str; 2] = ["moeplane-worker", "moeplane-cases"];
@@ -44,8 +44,7 @@ exit $failed
 "#;
 
 pub(crate) fn run() -> Result<bool> {
-    let build = ["build", "--release", "--locked", "--package", "worker", "--package", "tests"];
-    ensure!(cargo(&build).status()?.success(), "the programs could not be built");
+    release_programs()?;
     let target = target()?;
     let folder = target.join("gpu-check");
     if folder.exists() {

@@ -6,6 +6,7 @@ mod ci;
 mod gpu_check;
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -48,6 +49,10 @@ enum Command {
     Conformance(Rest),
     /// Packs programs, data and one script for a machine with a Hopper GPU and no cargo.
     GpuCheck,
+    /// How long calls of the small trained model take, through workers and groups of them, built in
+    /// release: `--calls N --ranks 2,4`.
+    #[command(disable_help_flag = true)]
+    Latency(Rest),
     /// How far each layer of the small trained model is from its unquantised original.
     LayerReport,
 }
@@ -94,6 +99,10 @@ fn run(command: Command) -> Result<bool> {
             cases("conformance", arguments)
         }
         Command::GpuCheck => gpu_check::run(),
+        Command::Latency(Rest { mut arguments }) => {
+            arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
+            run_program(&build::release_program("moeplane-cases")?, "latency", arguments)
+        }
         Command::LayerReport => {
             let data = build::root().join("tests/data/tiny-kjv-moe");
             cases("layer-report", vec![data.into_os_string()])
@@ -119,7 +128,10 @@ fn e2e(rounds: u32) -> Result<bool> {
 
 /// Builds and runs a command of the crate `tests`.
 fn cases(command: &str, arguments: Vec<OsString>) -> Result<bool> {
-    let program = build::program("moeplane-cases")?;
+    run_program(&build::program("moeplane-cases")?, command, arguments)
+}
+
+fn run_program(program: &Path, command: &str, arguments: Vec<OsString>) -> Result<bool> {
     let status = std::process::Command::new(program).arg(command).args(arguments).status()?;
     Ok(status.success())
 }
