@@ -152,14 +152,20 @@ impl Checkpoint {
     /// SHA-256, in hexadecimal: of the layers' shapes and activations, and for every tensor of every
     /// expert of its shape, its global scales, and 64 bytes out of its middle. Different for two
     /// quantisations of one model, and for most other ways in which two checkpoints can differ.
-    #[must_use]
-    pub fn digest(&self) -> String {
+    ///
+    /// No more than one layer is resident at a time: with a few bytes of each tensor the system maps
+    /// up to a megabyte around them.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub fn digest(&self) -> Result<String, CheckpointError> {
         let mut hash = Sha256::new();
         for (layer, experts) in self.layers.iter().zip(&self.experts) {
             hash.update(format!("{} {:?}", layer.number, layer.shape));
             experts.sample(&self.files, |bytes| hash.update(bytes));
+            experts.release(&self.files)?;
         }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// Gives the resident pages of the layer at `position` back to the system; they are read from

@@ -151,6 +151,11 @@ impl Target {
         Ok(())
     }
 
+    /// Bytes that a rank holds in memory.
+    pub fn held(&self, rank: usize) -> Result<u64> {
+        Ok(self.group.workers[rank].resident()?.held())
+    }
+
     /// Checks that all have as many files open as at the start; then ends the group, which must leave
     /// no heap.
     pub fn end(self) -> Result<()> {

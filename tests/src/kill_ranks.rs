@@ -31,6 +31,11 @@ const TOKENS: usize = 64;
 /// A kill comes within this of the first call; a call takes a fraction of a millisecond.
 const LATEST_US: usize = 30_000;
 
+/// The rank that is spared in the second half.
+const SURVIVOR: usize = 0;
+/// What it may grow by: calls that come first after its start take memory that stays.
+const GROWTH_MAX: u64 = 4 << 20;
+
 pub(crate) fn run(options: &Options) -> Result<()> {
     let Options { dir, ranks, kills, seed } = options;
     ensure!(*ranks > 1, "--ranks is {ranks}, expected at least 2: nobody would be left");
@@ -39,14 +44,26 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut target = Target::start(dir, &spec, variant, TOKENS)?;
     let mut random = Random::new(*seed);
     let mut all = Vec::new();
+    let mut before = target.held(SURVIVOR)?;
     for number in 0..*kills {
-        let victim = random.below(*ranks as usize);
+        // In the second half one rank survives, to see whether it grows.
+        let victim = if number < kills / 2 {
+            before = target.held(SURVIVOR)?;
+            random.below(*ranks as usize)
+        } else {
+            SURVIVOR + 1 + random.below(*ranks as usize - 1)
+        };
         let after = Duration::from_micros(random.below(LATEST_US) as u64);
         let kill = target.kill(victim, variant, after);
         all.push(kill.with_context(|| format!("kill {number} of seed {seed}, after {after:?}"))?);
     }
+    let after = target.held(SURVIVOR)?;
     target.end()?;
     table(*ranks as usize, &all)?;
+    let (survived, mib) = (kills - kills / 2, |bytes: u64| bytes as f64 / f64::from(1 << 20));
+    let held = format!("{:.1} MiB before, {:.1} MiB after", mib(before), mib(after));
+    writeln!(io::stdout(), "rank {SURVIVOR} survived the last {survived}: {held}")?;
+    ensure!(after <= before + GROWTH_MAX, "rank {SURVIVOR} grew");
     Ok(())
 }
 

@@ -9,6 +9,7 @@ pub mod plan;
 pub mod random;
 pub mod recorded;
 pub mod replay;
+pub mod resident;
 pub mod rewrite;
 pub mod routing;
 pub mod shape_cases;

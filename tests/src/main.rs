@@ -10,6 +10,7 @@ mod group_calls;
 mod kill_ranks;
 mod latency;
 mod layer_report;
+mod memory;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,8 @@ enum Command {
     Latency(latency::Options),
     /// How far each layer of a checkpoint is from the unquantised model's recorded outputs.
     LayerReport(layer_report::Options),
+    /// What ranks hold in memory while they load a large checkpoint and when they serve it.
+    Memory(memory::Options),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::GroupCalls(options) => group_calls::run(&options).map(|()| true),
         Command::KillRanks(options) => kill_ranks::run(&options).map(|()| true),
         Command::Latency(options) => latency::run(&options).map(|()| true),
+        Command::Memory(options) => memory::run(&options),
         Command::LayerReport(options) => layer_report::run(&options).map(|()| true),
     };
     match result {

@@ -55,7 +55,7 @@ pub fn run(
     let Shape { experts, hidden, intermediate, .. } = first.shape;
     let seed = u64::from(experts) << 40 ^ u64::from(hidden) << 20 ^ u64::from(intermediate);
     let top_k = cases.iter().map(|case| case.top_k).max().unwrap_or(1);
-    let folder = pool.write(&first.shape, top_k, seed)?;
+    let folder = pool.write(&first.shape, (1, top_k), seed)?;
     let model = Model::open(folder.path())?;
     let mut servers = Servers { folder: &folder, running: None };
     for case in cases {

@@ -41,19 +41,25 @@ impl Pool {
         Self { codes, scales, global: global * DEVIATION }
     }
 
-    /// Writes a checkpoint of one MoE layer under Qwen3-MoE's names, as ModelOpt would, of a model whose
-    /// tokens go to `top_k` experts.
-    pub fn write(&self, shape: &Shape, top_k: u32, seed: u64) -> Result<TempDir> {
+    /// Writes a checkpoint of MoE layers of one shape under Qwen3-MoE's names, as ModelOpt would, of a
+    /// model whose tokens go to `top_k` experts.
+    pub fn write(&self, shape: &Shape, (layers, top_k): (u32, u32), seed: u64) -> Result<TempDir> {
         let folder = TempDir::new()?;
-        self.write_files(folder.path(), (shape, top_k), seed)?;
+        self.write_files(folder.path(), shape, (layers, top_k), seed)?;
         Ok(folder)
     }
 
-    fn write_files(&self, folder: &Path, (shape, top_k): (&Shape, u32), seed: u64) -> Result<()> {
+    fn write_files(
+        &self,
+        folder: &Path,
+        shape: &Shape,
+        (layers, top_k): (u32, u32),
+        seed: u64,
+    ) -> Result<()> {
         let Shape { experts, hidden, intermediate, clamp } = *shape;
         let config = json!({
             "model_type": "qwen3_moe",
-            "num_hidden_layers": 1,
+            "num_hidden_layers": layers,
             "hidden_size": hidden,
             "moe_intermediate_size": intermediate,
             "num_experts": experts,
@@ -68,8 +74,9 @@ impl Pool {
         fs::write(folder.join("hf_quant_config.json"), quantisation.to_string())?;
         let mut random = Random::new(seed);
         let mut tensors = Vec::new();
-        for expert in 0..experts {
-            self.expert(expert, shape, &mut random, &mut tensors);
+        for (layer, expert) in (0..layers).flat_map(|l| (0..experts).map(move |e| (l, e))) {
+            let prefix = format!("model.layers.{layer}.mlp.experts.{expert}");
+            self.expert(&prefix, shape, &mut random, &mut tensors);
         }
         safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors"))?;
         Ok(())
@@ -77,7 +84,7 @@ impl Pool {
 
     fn expert<'a>(
         &'a self,
-        expert: u32,
+        prefix: &str,
         shape: &Shape,
         random: &mut Random,
         tensors: &mut Vec<(String, Part<'a>)>,
@@ -95,7 +102,7 @@ impl Pool {
             ["gate", "up", "down"].into_iter().zip(extents).zip(scales)
         {
             let first = random.below(POOL_BLOCKS);
-            let prefix = format!("model.layers.0.mlp.experts.{expert}.{name}_proj");
+            let prefix = format!("{prefix}.{name}_proj");
             let blocks = rows * cols / 16;
             let codes = Bytes::Pool { pool: &self.codes, block: 8, first, blocks };
             let block_scales = Bytes::Pool { pool: &self.scales, block: 1, first, blocks };

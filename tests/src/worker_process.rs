@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::call;
+use crate::resident::Resident;
 
 /// How long a worker may take to load a model or to end: far beyond what it needs.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -101,6 +102,11 @@ impl Worker {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The memory that it holds.
+    pub fn resident(&self) -> Result<Resident> {
+        Resident::of(self.pid())
     }
 
     /// The socket's path.

@@ -128,7 +128,7 @@ fn join(
         ("protocol version", VERSION.to_string()),
         ("ranks", group.ranks.to_string()),
         ("max_tokens", max_tokens.to_string()),
-        ("model digest", checkpoint.digest()),
+        ("model digest", checkpoint.digest().map_err(LoadError::from)?),
         ("placement digest", placements.digest()),
         ("instruction set", options.chosen_isa().to_string()),
         ("tactic", device(options.tactic.map(|tactic| tactic.to_string()))),

@@ -53,6 +53,10 @@ enum Command {
     /// release: `--calls N --ranks 2,4`.
     #[command(disable_help_flag = true)]
     Latency(Rest),
+    /// What ranks hold in memory while they load a synthetic checkpoint and when they serve it:
+    /// `--gib 10 --ranks 1,4`.
+    #[command(disable_help_flag = true)]
+    Memory(Rest),
     /// How far each layer of the small trained model is from its unquantised original.
     LayerReport,
 }
@@ -103,6 +107,7 @@ fn run(command: Command) -> Result<bool> {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
             run_program(&build::release_program("moeplane-cases")?, "latency", arguments)
         }
+        Command::Memory(Rest { arguments }) => cases("memory", arguments),
         Command::LayerReport => {
             let data = build::root().join("tests/data/tiny-kjv-moe");
             cases("layer-report", vec![data.into_os_string()])
