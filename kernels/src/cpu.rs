@@ -24,7 +24,7 @@ use self::dispatch::{Garbled, Incoming, Outgoing};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::device::{CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError};
 use crate::expert::RawScalars;
-use crate::group::{Announcement, Group, compare};
+use crate::group::{Announcement, Group, NO_LAYER, Role, compare};
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
 use crate::problem::{ActFormat, Form, LayerShape, TOP_K_MAX};
@@ -230,32 +230,66 @@ impl CpuDevice {
         incoming: &mut Incoming,
         scratch: &mut Scratch,
     ) -> Result<(), CallError> {
-        let layer = &self.layers[part.position];
-        let (number, epoch, form) = (layer.number, layer.epoch, part.form);
-        let (tokens, top_k) = part.call.map_or((0, 1), |call| (call.tokens, call.top_k));
-        if let Some(call) = part.call {
-            outgoing.route(layer, self.group.rank(), top_k);
-            self.send(call, layer, outgoing, scratch);
-        }
-        let pairs = outgoing.counts();
-        let passive = part.call.is_none();
-        let ours = Announcement { layer: number, form, epoch, tokens, top_k, passive, pairs };
+        let ours = match *part {
+            Part::Calls { position, call } => {
+                let layer = &self.layers[position];
+                outgoing.route(layer, self.group.rank(), call.top_k);
+                self.send(call, layer, outgoing, scratch);
+                let LayerCall { tokens, top_k, form, .. } = *call;
+                let (layer, epoch, pairs) = (layer.number, layer.epoch, outgoing.counts());
+                Announcement { role: Role::Calls, layer, form, epoch, tokens, top_k, pairs }
+            }
+            Part::Joins { asked } => self.joins(asked, outgoing.counts()),
+        };
         let announced = self.group.announce(&ours)?;
-        if let Err(mismatch) = compare(&announced) {
-            self.group.end_call();
-            return Err(mismatch.into());
-        }
-        let layer = &self.layers[part.position];
-        if let Err(Garbled { source }) = self.receive(layer, &announced, incoming, scratch) {
+        let (number, form, epoch) = match compare(&announced) {
+            Ok(Some(called)) => (called.layer, called.form, called.epoch),
+            // Every engine's call was refused.
+            Ok(None) => {
+                self.group.end_call();
+                return Ok(());
+            }
+            Err(mismatch) => {
+                self.group.end_call();
+                return Err(mismatch.into());
+            }
+        };
+        let here = self.position(number).ok().filter(|&at| self.layers[at].epoch == epoch);
+        let Some(position) = here else {
+            // This rank could not say so before: it did not know the layer.
+            let rank = self.group.rank();
+            return Err(self.group.give_up_garbled(rank, number).into());
+        };
+        let layer = &self.layers[position];
+        if let Err(Garbled { source }) = self.receive((layer, form), &announced, incoming, scratch)
+        {
             return Err(self.group.give_up_garbled(source, number).into());
         }
         self.compute(layer, form, incoming, scratch);
         self.group.be_done(number)?;
         self.group.end_call();
-        if let Some(call) = part.call {
-            self.combine(call, &self.layers[part.position], outgoing, scratch);
+        if let Part::Calls { position, call } = *part {
+            self.combine(call, &self.layers[position], outgoing, scratch);
         }
         Ok(())
+    }
+
+    /// What a rank announces whose engine does not call.
+    fn joins(&mut self, asked: Option<u32>, pairs: Vec<u32>) -> Announcement {
+        let pending = self.group.pending();
+        let known =
+            pending.and_then(|a| Some((a.form, &self.layers[self.position(a.layer).ok()?])));
+        let (tokens, top_k) = (0, 1);
+        match known {
+            Some((form, layer)) => {
+                let (layer, epoch) = (layer.number, layer.epoch);
+                Announcement { role: Role::Joins, layer, form, epoch, tokens, top_k, pairs }
+            }
+            None => {
+                let (layer, form, epoch) = (asked.unwrap_or(NO_LAYER), Form::default(), 0);
+                Announcement { role: Role::Refused, layer, form, epoch, tokens, top_k, pairs }
+            }
+        }
     }
 
     fn run_part(&mut self, part: &Part<'_>, mut outgoing: Outgoing) -> Result<(), CallError> {
@@ -269,12 +303,11 @@ impl CpuDevice {
 }
 
 /// What a rank does in a call.
-struct Part<'a> {
-    /// Position of the layer.
-    position: usize,
-    form: Form,
-    /// What its engine asked for; none when it joins by itself.
-    call: Option<&'a LayerCall<'a>>,
+enum Part<'a> {
+    /// Its engine calls the layer at `position`.
+    Calls { position: usize, call: &'a LayerCall<'a> },
+    /// It brings no tokens; its engine may have asked for a layer.
+    Joins { asked: Option<u32> },
 }
 
 impl Device for CpuDevice {
@@ -295,18 +328,13 @@ impl Device for CpuDevice {
             self.outgoing = outgoing;
             return Err(refused);
         }
-        self.run_part(&Part { position, form: call.form, call: Some(call) }, outgoing)
+        self.run_part(&Part::Calls { position, call }, outgoing)
     }
 
-    fn join(&mut self) -> Result<bool, CallError> {
-        let Some(Announcement { layer, form, .. }) = self.group.pending() else {
-            return Ok(false);
-        };
-        let position = self.position(layer)?;
+    fn join(&mut self, asked: Option<u32>) -> Result<(), CallError> {
         let mut outgoing = std::mem::take(&mut self.outgoing);
         outgoing.clear(self.group.ranks());
-        self.run_part(&Part { position, form, call: None }, outgoing)?;
-        Ok(true)
+        self.run_part(&Part::Joins { asked }, outgoing)
     }
 
     fn group(&mut self) -> &mut Group {

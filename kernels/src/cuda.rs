@@ -460,8 +460,8 @@ impl Device for CudaDevice {
             .map_err(|error| CallError::Device { reason: error.to_string() })
     }
 
-    fn join(&mut self) -> Result<bool, CallError> {
-        Ok(false)
+    fn join(&mut self, _asked: Option<u32>) -> Result<(), CallError> {
+        Ok(())
     }
 
     fn group(&mut self) -> &mut Group {

@@ -213,8 +213,8 @@ pub trait Device: Send {
 
     /// Runs one call: reads ids, weights and hidden states from its buffer, writes the output.
     ///
-    /// In a group every rank takes part in every call, and an error of the engine's input leaves
-    /// this rank's part in the call to [`Self::join`].
+    /// In a group every rank takes part in every call. An error of the engine's input comes before this
+    /// rank has: whoever gets it calls [`Self::join`].
     ///
     /// The engine must not touch the buffer meanwhile; if it does, its own output is garbage and
     /// nothing else.
@@ -223,12 +223,12 @@ pub trait Device: Send {
     /// See [`CallError`]; the device serves on.
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError>;
 
-    /// Takes part without tokens in the call that other ranks have announced, if any has; says
-    /// whether one had.
+    /// Takes part without tokens in the group's next call: announces that at once, and waits for the
+    /// others. `asked` is the layer that this rank's engine called for, if its call was refused.
     ///
     /// # Errors
     /// [`CallError::Mismatch`], [`CallError::Group`].
-    fn join(&mut self) -> Result<bool, CallError>;
+    fn join(&mut self, asked: Option<u32>) -> Result<(), CallError>;
 
     /// The group that the device's rank belongs to.
     fn group(&mut self) -> &mut Group;

@@ -65,7 +65,7 @@ pub struct GroupError {
     pub rank: u32,
     /// Where in the call.
     pub phase: Phase,
-    /// The layer that was called.
+    /// The layer that was called; 65535 where nobody knows.
     pub layer: u32,
     /// Why.
     pub reason: Reason,
@@ -84,7 +84,10 @@ impl fmt::Display for GroupError {
             Phase::Announce => write!(f, " while its announcement")?,
             Phase::Compute => write!(f, " while its terms")?,
         }
-        write!(f, " of layer {layer} were awaited: generation {generation} begins, repeat the step")
+        if *layer != NO_LAYER {
+            write!(f, " of layer {layer}")?;
+        }
+        write!(f, " were awaited: generation {generation} begins, repeat the step")
     }
 }
 
@@ -104,17 +107,30 @@ pub struct Mismatch {
     pub theirs: String,
 }
 
+/// How a rank comes to take part in a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Its engine calls.
+    Calls,
+    /// It joins by itself: layer and form are what it saw others announce.
+    Joins,
+    /// Nobody has told it a layer: its engine's call was refused, or those of all others were.
+    Refused,
+}
+
+/// The layer of an announcement that has none.
+pub(crate) const NO_LAYER: u32 = 0xffff;
+
 /// What a rank says of a call before anybody computes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Announcement {
+    pub(crate) role: Role,
     pub(crate) layer: u32,
     pub(crate) form: Form,
     /// Number of the committed placement of the layer.
     pub(crate) epoch: u64,
     pub(crate) tokens: u32,
     pub(crate) top_k: u32,
-    /// It joins by itself: layer and form are what it saw others announce.
-    pub(crate) passive: bool,
     /// Pairs for each rank.
     pub(crate) pairs: Vec<u32>,
 }
@@ -123,20 +139,25 @@ impl Announcement {
     fn words(&self) -> [u64; 3] {
         let act = u64::from(self.form.act == ActFormat::Nvfp4);
         let place = u64::from(self.form.weights_in == WeightsIn::Combine);
-        let flags = act | place << 1 | u64::from(self.passive) << 2 | u64::from(self.top_k) << 8;
+        let flags = act | place << 1 | (self.role as u64) << 2 | u64::from(self.top_k) << 8;
         [u64::from(self.layer) | u64::from(self.tokens) << 32, flags, self.epoch]
     }
 
     fn from_words([call, flags, epoch]: [u64; 3], pairs: Vec<u32>) -> Self {
         let act = if flags & 1 == 0 { ActFormat::Bf16 } else { ActFormat::Nvfp4 };
         let weights_in = if flags & 2 == 0 { WeightsIn::Fc1 } else { WeightsIn::Combine };
+        let role = match flags >> 2 & 3 {
+            0 => Role::Calls,
+            1 => Role::Joins,
+            _ => Role::Refused,
+        };
         Self {
+            role,
             layer: call as u32,
             form: Form { act, weights_in },
             epoch,
             tokens: (call >> 32) as u32,
             top_k: (flags >> 8) as u32,
-            passive: flags & 4 != 0,
             pairs,
         }
     }
@@ -146,16 +167,19 @@ impl Announcement {
     }
 }
 
-/// Compares what all ranks announced, the same way on each.
-pub(crate) fn compare(announcements: &[Announcement]) -> Result<(), Mismatch> {
-    let mut callers = (0..).zip(announcements).filter(|(_, a)| !a.passive);
-    let Some((first, ours)) = callers.next() else { return Ok(()) };
-    let same = |a: &Announcement| (a.layer, a.form, a.epoch) == (ours.layer, ours.form, ours.epoch);
-    // A passive rank has its own epoch of the layer.
-    let others = (0..).zip(announcements);
-    let other = others.filter(|(_, a)| !a.passive || a.epoch != ours.epoch).find(|(_, a)| !same(a));
-    match other {
-        None => Ok(()),
+/// Compares what all ranks announced, the same way on each; what is called, if any engine's call was
+/// not refused.
+pub(crate) fn compare(announcements: &[Announcement]) -> Result<Option<&Announcement>, Mismatch> {
+    let mut callers = (0..).zip(announcements).filter(|(_, a)| a.role == Role::Calls);
+    let Some((first, ours)) = callers.next() else { return Ok(None) };
+    let differs = |a: &Announcement| match a.role {
+        Role::Calls => (a.layer, a.form, a.epoch) != (ours.layer, ours.form, ours.epoch),
+        // It saw layer and form of one of the callers; the epoch is its own.
+        Role::Joins => a.epoch != ours.epoch,
+        Role::Refused => false,
+    };
+    match (0..).zip(announcements).find(|(_, a)| differs(a)) {
+        None => Ok(Some(ours)),
         Some((second, theirs)) => {
             Err(Mismatch { first, ours: ours.call(), second, theirs: theirs.call() })
         }
@@ -220,17 +244,23 @@ impl Group {
         self.heap.set_parked(parked);
     }
 
-    /// What another rank has announced of the next call, if one has.
+    /// What another rank has announced of the next call, if one has and knows the layer.
     pub(crate) fn pending(&mut self) -> Option<Announcement> {
         self.refresh();
-        let peers = (0..self.ranks()).filter(|&rank| rank != self.rank());
-        let mut announced = peers.filter(|&rank| self.has_announced(rank));
-        announced.next().map(|rank| self.read_announcement(rank))
+        let mut announced = self.announced().map(|rank| self.read_announcement(rank));
+        announced.find(|announcement| announcement.role != Role::Refused)
     }
 
     /// Whether another rank has announced the next call.
     pub fn is_pending(&mut self) -> bool {
-        self.pending().is_some()
+        self.refresh();
+        self.announced().next().is_some()
+    }
+
+    /// The other ranks that have announced the next call.
+    fn announced(&self) -> impl Iterator<Item = u32> {
+        let peers = (0..self.ranks()).filter(|&rank| rank != self.rank());
+        peers.filter(|&rank| self.has_announced(rank))
     }
 
     /// Announces a call and waits for the announcements of all ranks.
@@ -355,7 +385,7 @@ impl Group {
         }
         let next = u64::from(self.generation.wrapping_add(1).max(1)) << 32;
         let why =
-            rank & 0xff | (phase as u32) << 8 | (reason as u32) << 12 | layer.min(0xffff) << 16;
+            rank & 0xff | (phase as u32) << 8 | (reason as u32) << 12 | layer.min(NO_LAYER) << 16;
         let moved = self.heap.exchange_group_word(seen, next | u64::from(why)).is_ok();
         if moved {
             for peer in 0..self.ranks() {
@@ -395,7 +425,7 @@ mod tests {
     fn announcement(layer: u32, ranks: u32) -> Announcement {
         let (form, pairs) = (Form::ALL[3], vec![3; ranks as usize]);
         let (tokens, top_k) = (7, 16);
-        Announcement { layer, form, epoch: 9, tokens, top_k, passive: false, pairs }
+        Announcement { role: Role::Calls, layer, form, epoch: 9, tokens, top_k, pairs }
     }
 
     /// The ranks of a group, in one process.
@@ -413,8 +443,8 @@ mod tests {
     #[test]
     fn an_announcement_survives_its_words() {
         for form in Form::ALL {
-            for passive in [false, true] {
-                let ours = Announcement { form, passive, ..announcement(5, 3) };
+            for role in [Role::Calls, Role::Joins, Role::Refused] {
+                let ours = Announcement { role, form, ..announcement(5, 3) };
                 assert_eq!(Announcement::from_words(ours.words(), ours.pairs.clone()), ours);
             }
         }
@@ -435,7 +465,7 @@ mod tests {
     fn call(mut rank: Group, layer: u32) -> Group {
         let ours = Announcement { tokens: rank.rank(), ..announcement(layer, 3) };
         let all = rank.announce(&ours).unwrap();
-        assert_eq!(compare(&all), Ok(()));
+        assert_eq!(compare(&all), Ok(Some(&all[0])));
         let tokens: Vec<u32> = all.iter().map(|a| a.tokens).collect();
         assert_eq!(tokens, [0, 1, 2]);
         assert!(all.iter().all(|a| a.layer == layer));
@@ -448,13 +478,16 @@ mod tests {
     fn a_mismatch_is_the_same_on_every_rank() {
         let same = announcement(3, 3);
         let other = Announcement { layer: 4, ..same.clone() };
-        let passive = Announcement { passive: true, layer: 4, ..same.clone() };
-        assert_eq!(compare(&[same.clone(), passive.clone(), same.clone()]), Ok(()));
-        let mismatch = compare(&[passive, same, other]).unwrap_err();
+        let joins = Announcement { role: Role::Joins, layer: 4, ..same.clone() };
+        let refused = Announcement { role: Role::Refused, epoch: 7, ..other.clone() };
+        let all = [refused.clone(), same.clone(), joins.clone()];
+        assert_eq!(compare(&all), Ok(Some(&same)));
+        assert_eq!(compare(&[refused.clone(), refused]), Ok(None));
+        let mismatch = compare(&[joins, same, other]).unwrap_err();
         assert_eq!((mismatch.first, mismatch.second), (1, 2));
         let text = mismatch.to_string();
         assert!(text.starts_with("rank 1 calls layer 3 with act=nvfp4"), "{text}");
-        let late = Announcement { passive: true, epoch: 8, ..announcement(3, 2) };
+        let late = Announcement { role: Role::Joins, epoch: 8, ..announcement(3, 2) };
         assert!(compare(&[announcement(3, 2), late]).is_err(), "placements differ");
     }
 

@@ -1,14 +1,15 @@
 //! Processes of a group that are killed or stopped: named to every engine, and back without a restart
 //! of the others.
 
+use std::thread;
 use std::time::Duration;
 
-use protocol::client::ClientError;
+use protocol::client::{Client, ClientError, Options};
 use protocol::message::Phase;
 use protocol::refusal::Refusal;
 use reference::compare::Comparison;
 use rustix::process::Signal;
-use tests::call::through;
+use tests::call::{attach, through};
 use tests::case::Case;
 use tests::group::{Group, Spec, call_all, uneven};
 use tests::kill::Target;
@@ -80,4 +81,34 @@ fn a_stopped_rank_is_named_after_the_deadline_and_joins_by_itself() {
         Ok(through(&mut engine, 0, Phase::Decode, &inputs).ok())
     });
     assert!(served.unwrap() == expected);
+}
+
+/// An engine that dies while its rank waits for others, or while others wait for it: its rank goes on
+/// without it, and nobody is told of a deadline.
+#[test]
+fn an_engine_that_dies_in_a_call_of_its_group_holds_nobody_up() {
+    let group = Group::start(&skewed(), &spec(&PATIENT)).unwrap();
+    let inputs = Case::open(&skewed()).unwrap().inputs.rows(0..TOKENS);
+    let mut first = group.workers[0].engine(BF16, TOKENS).unwrap();
+    let expected = through(&mut first, 0, Phase::Decode, &inputs).unwrap();
+    // It dies while the first waits for it.
+    let second = group.workers[1].engine(BF16, TOKENS).unwrap();
+    let output = thread::scope(|scope| {
+        scope.spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            drop(second);
+        });
+        through(&mut first, 0, Phase::Decode, &inputs).unwrap()
+    });
+    assert!(output == expected);
+    // It dies while its own call waits for the first: it gives up and closes.
+    let impatient = Options { deadline: Duration::from_secs(1), ..Options::default() };
+    let second = Client::connect(&group.workers[1].socket(), impatient).unwrap();
+    let mut second = second.attach(&attach(BF16, TOKENS)).unwrap();
+    let error = through(&mut second, 0, Phase::Decode, &inputs).unwrap_err();
+    assert!(matches!(error, ClientError::Deadline { .. }), "{error}");
+    drop(second);
+    for _ in 0..3 {
+        assert!(through(&mut first, 0, Phase::Decode, &inputs).unwrap() == expected);
+    }
 }

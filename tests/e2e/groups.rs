@@ -177,6 +177,38 @@ fn bad_input_of_one_engine_does_not_hold_up_the_others() {
     call_all(&mut engines, 0, &inputs, &uneven(4, 2)).unwrap();
 }
 
+/// A refused call is a step like any other: nobody joins the next step for it.
+#[test]
+fn steps_in_which_all_engines_are_refused_keep_the_ranks_together() {
+    const STEPS: usize = 200;
+    let group = group(&holes(), 3, &["--deadline-ms", "20000"]);
+    let inputs = Case::open(&holes()).unwrap().inputs.rows(0..4);
+    let mut engines = group.engines(BF16, 4).unwrap();
+    let expected = call_all(&mut engines, 0, &inputs, &vec![0..4; 3]).unwrap();
+    let expected = &expected[..4 * inputs.hidden];
+    let inputs = &inputs;
+    thread::scope(|scope| {
+        for (rank, engine) in engines.iter_mut().enumerate() {
+            scope.spawn(move || {
+                for step in 0..STEPS {
+                    // Each in its own way: ids, tokens, a layer that there is not.
+                    let (layer, tokens, top_k) = match rank {
+                        0 => (0, 1, 17),
+                        1 => (0, 5, 4),
+                        _ => (9, 1, 4),
+                    };
+                    let call = Call { layer, tokens, top_k, phase: Phase::Decode };
+                    let refusal = refused(engine.call(call));
+                    assert!(!matches!(refusal, Refusal::Group { .. }), "step {step}: {refusal}");
+                    let output = through(engine, 0, Phase::Decode, inputs);
+                    let output = output.unwrap_or_else(|error| panic!("step {step}: {error}"));
+                    assert!(output == *expected, "step {step} of rank {rank}");
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn a_rank_has_one_engine_at_a_time() {
     let group = group(&holes(), 2, &[]);

@@ -35,8 +35,6 @@ pub struct Rank {
     connections: Vec<Connection>,
     /// Wakes the loop when peers announce a call; none for a rank that is alone.
     watch: Option<Watch>,
-    /// The engine's last call was refused for its input: this rank still has to take part in it.
-    owes_part: bool,
 }
 
 impl Rank {
@@ -48,7 +46,7 @@ impl Rank {
         watch: Option<Watch>,
     ) -> Self {
         let connections = Vec::new();
-        Self { device, model, max_tokens, listener, connections, watch, owes_part: false }
+        Self { device, model, max_tokens, listener, connections, watch }
     }
 
     /// Serves until a byte comes from `stop`; calls whose frames have arrived are answered first.
@@ -97,15 +95,14 @@ impl Rank {
             State::Attached(attachment) => !attachment.idle,
             State::New | State::Greeted => false,
         };
-        self.watch.is_some() && (self.owes_part || !self.connections.iter().any(calls))
+        self.watch.is_some() && !self.connections.iter().any(calls)
     }
 
     /// Takes part in a call that peers have announced.
     fn join(&mut self) {
         self.device.group().set_parked(false);
-        self.owes_part = false;
-        match self.device.join() {
-            Ok(_) => {}
+        match self.device.join(None) {
+            Ok(()) => {}
             Err(CallError::Group(error)) => tracing::warn!(%error, "a call was given up"),
             Err(error) => tracing::warn!(%error, "a call was not made"),
         }
@@ -307,25 +304,15 @@ impl Rank {
         let connection = &mut self.connections[index];
         let State::Attached(attachment) = &mut connection.state else { return Ok(()) };
         attachment.take_number(frame.seq)?;
-        // Whatever is wrong with the call, the others wait for this rank's part in it.
-        self.owes_part = true;
-        let Call { layer, tokens, top_k, phase: _ } = Call::decode(&frame.body)?;
-        let BufferLayout { max_tokens, hidden, topk_ids, topk_weights, output, .. } =
-            attachment.layout;
-        if tokens > max_tokens {
-            return Err(Refusal::Tokens { tokens, min: 0, max: max_tokens });
+        let mut ran = run(&mut *self.device, attachment, &self.model, frame);
+        // Whatever is wrong with the call, the others wait for this rank's part in it; and if that
+        // fails, this engine hears what the others do.
+        if let (Err(Failed::Alone { asked, .. }), Some(_)) = (&ran, &self.watch)
+            && let Err(error) = self.device.join(*asked)
+        {
+            ran = Err(Failed::Together(error));
         }
-        let ran = self.device.run(&LayerCall {
-            layer,
-            tokens,
-            top_k,
-            form: attachment.form,
-            buffer: &attachment.memory,
-            offsets: CallOffsets { hidden, topk_ids, topk_weights, output },
-        });
-        use CallError::{Group, Mismatch};
-        self.owes_part = ran.as_ref().is_err_and(|e| !matches!(e, Group(_) | Mismatch(_)));
-        if let Err(Group(error)) = &ran {
+        if let Err(Failed::Together(CallError::Group(error))) = &ran {
             tracing::warn!(%error, "a call was given up");
         }
         // Calls that came before this one's answer were sent without waiting for it: the engine has
@@ -334,7 +321,10 @@ impl Rank {
         let early = connection.take_calls();
         match ran {
             Ok(()) => connection.answer(Kind::Done, frame.seq, &[], None),
-            Err(error) => connection.refuse(&refusal(error, &self.model), frame.seq),
+            Err(Failed::Alone { refusal, .. }) => connection.refuse(&refusal, frame.seq),
+            Err(Failed::Together(error)) => {
+                connection.refuse(&refusal(error, &self.model), frame.seq);
+            }
         }
         for seq in early {
             if let State::Attached(attachment) = &mut connection.state
@@ -347,6 +337,41 @@ impl Rank {
         }
         Ok(())
     }
+}
+
+/// Why a call has no answer.
+enum Failed {
+    /// For what its engine sent; this rank has not taken part in the group's call.
+    Alone { asked: Option<u32>, refusal: Refusal },
+    /// For all ranks.
+    Together(CallError),
+}
+
+fn run(
+    device: &mut dyn Device,
+    attachment: &Attachment,
+    model: &Model,
+    frame: &Frame,
+) -> Result<(), Failed> {
+    let alone = |asked, refusal| Failed::Alone { asked, refusal };
+    let call = Call::decode(&frame.body).map_err(|refusal| alone(None, refusal))?;
+    let Call { layer, tokens, top_k, phase: _ } = call;
+    let BufferLayout { max_tokens, hidden, topk_ids, topk_weights, output, .. } = attachment.layout;
+    if tokens > max_tokens {
+        return Err(alone(Some(layer), Refusal::Tokens { tokens, min: 0, max: max_tokens }));
+    }
+    let call = LayerCall {
+        layer,
+        tokens,
+        top_k,
+        form: attachment.form,
+        buffer: &attachment.memory,
+        offsets: CallOffsets { hidden, topk_ids, topk_weights, output },
+    };
+    device.run(&call).map_err(|error| match error {
+        CallError::Group(_) | CallError::Mismatch(_) => Failed::Together(error),
+        error => alone(Some(layer), refusal(error, model)),
+    })
 }
 
 fn name(kind: Kind) -> String {

@@ -11,7 +11,7 @@ use crate::group::Announcement;
 use crate::heap::row_bytes;
 use crate::memory::{bytes_of, bytes_of_mut};
 use crate::numeric::{BLOCK, bf16_narrow, bf16_widen, dequantise_row, quantise_row};
-use crate::problem::ActFormat;
+use crate::problem::{ActFormat, Form};
 
 /// Fewest tokens that a thread takes at a time: rows are short work.
 const ROWS_PER_TASK: usize = 8;
@@ -174,7 +174,7 @@ impl CpuDevice {
     /// Reads the pairs for this rank, and their rows.
     pub(super) fn receive(
         &self,
-        layer: &Layer,
+        (layer, form): (&Layer, Form),
         announced: &[Announcement],
         incoming: &mut Incoming,
         s: &Scratch,
@@ -194,7 +194,7 @@ impl CpuDevice {
             taken.ok_or(Garbled { source })?;
         }
         incoming.sort(layer.experts.len());
-        let (hidden, act) = (layer.shape.hidden, announced[rank as usize].form.act);
+        let (hidden, act) = (layer.shape.hidden, form.act);
         let row = row_bytes(hidden, act);
         let parallel = s.is_parallel(incoming.pairs(), &layer.shape);
         let Incoming { rows, values, .. } = incoming;

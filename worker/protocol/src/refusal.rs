@@ -109,7 +109,7 @@ pub enum Refusal {
         rank: u32,
         /// What was awaited of it: `announce` or `compute`.
         phase: String,
-        /// The layer that was called.
+        /// The layer that was called; 65535 where nobody knew.
         layer: u32,
         /// All of it in words.
         reason: String,
