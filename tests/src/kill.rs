@@ -76,6 +76,7 @@ impl Target {
 
     /// Kills a rank after engines have called for a while, and starts it again.
     pub fn kill(&mut self, victim: usize, variant: Variant, after: Duration) -> Result<Kill> {
+        let logged = self.given_up();
         let (began, ended) = self.call_until_killed(victim, after)?;
         let mut kill = Kill {
             victim,
@@ -106,6 +107,11 @@ impl Target {
             }
         }
         self.generation = newest;
+        // The victim's log goes with it.
+        for (rank, (before, now)) in logged.into_iter().zip(self.given_up()).enumerate() {
+            let lines = now.saturating_sub(before);
+            ensure!(rank == victim || lines == 1, "rank {rank} logged it {lines} times");
+        }
         let began = Instant::now();
         self.group.restart(victim)?;
         let tokens = self.steps[0].inputs.tokens();
@@ -149,6 +155,12 @@ impl Target {
             ensure!(output == *expected, "a wrong answer");
         }
         Ok(())
+    }
+
+    /// Calls that each rank has logged as given up.
+    fn given_up(&self) -> Vec<usize> {
+        let lines = |worker: &Worker| worker.log().matches("a call was given up").count();
+        self.group.workers.iter().map(lines).collect()
     }
 
     /// Bytes that a rank holds in memory.
