@@ -1,6 +1,6 @@
 // A whole layer in one persistent launch: a block for each multiprocessor, one warp that copies and 16
-// that multiply. The first block sorts the pairs; when all are done, all sum terms. Blocks wait for one
-// another, so the launch has them all resident.
+// that multiply. The first block sorts the pairs, of a small call every copying warp for itself; when
+// all are done, all sum terms. Blocks wait for one another, so the launch has them all resident.
 //
 // The copying warp draws tickets. A ticket is a row block (16 tiles of 16 rows) of FC1 or FC2 of a
 // job; FC1 of job j + lag comes before FC2 of job j, so that what FC2 waits for was drawn long
@@ -54,6 +54,12 @@ struct Ring {
     TaskSlot tasks[SLOTS];
 };
 
+// What the host counts on.
+static_assert(FUSED_THREADS == HOST_THREADS && sizeof(Ring) <= HOST_SHARED, "launch");
+static_assert(BLOCK_TILES == HOST_BLOCK_TILES && EXPERTS_MAX == HOST_EXPERTS_MAX, "layers");
+static_assert(SMALL_PLACES == HOST_SMALL_PLACES && COUNTERS == HOST_COUNTERS, "control words");
+static_assert(sizeof(Ring::y) >= EXPERTS_MAX * sizeof(u32), "the first block counts in y");
+
 // Where in the ring a warp is.
 struct Cursor {
     u32 stage = 0;
@@ -72,8 +78,8 @@ __device__ inline u32 tiles_of(const Params& p, u32 phase) {
     return phase == 0 ? p.intermediate / 8 : p.hidden / 16;
 }
 
-// The task of a ticket. Tickets: FC1 of the first jobs; then by turns FC1 of a job and FC2 of the one
-// `lag` before it; then FC2 of the last jobs.
+// Phase, job and block of a ticket. Tickets: FC1 of the first jobs; then by turns FC1 of a job and FC2
+// of the one `lag` before it; then FC2 of the last jobs.
 __device__ inline Task task_of(const Params& p, u32 ticket, u32 jobs) {
     const u32 blocks[2] = {(tiles_of(p, 0) + BLOCK_TILES - 1) / BLOCK_TILES,
                            (tiles_of(p, 1) + BLOCK_TILES - 1) / BLOCK_TILES};
@@ -93,17 +99,8 @@ __device__ inline Task task_of(const Params& p, u32 ticket, u32 jobs) {
         task.phase = 1;
         task.job = jobs - lag + at / blocks[1];
         task.block = at % blocks[1];
-        if (task.job >= jobs) {
-            task.phase = 2;
-            return task;
-        }
+        if (task.job >= jobs) task.phase = 2;
     }
-    const Job job = p.jobs[task.job];
-    task.expert = job.expert;
-    task.first = job.first;
-    task.count = job.count;
-    task.tiles = min(tiles_of(p, task.phase) - task.block * BLOCK_TILES, BLOCK_TILES);
-    task.units = units_of(task.phase == 0 ? p.hidden : p.intermediate);
     return task;
 }
 
@@ -114,25 +111,43 @@ struct Draft {
     Pair pair;        // of this lane
 };
 
-__device__ inline Draft draft(const Params& p, u32 ticket, u32 jobs, u32 lane) {
-    Draft next = {};
-    next.task = task_of(p, ticket, jobs);
-    if (next.task.phase == 2) return next;
-    if (lane == 0) next.scalars = p.scalars[next.task.expert];
-    if (lane < next.task.count) next.pair = p.pairs[next.task.first + lane];
-    return next;
-}
-
 // Draws tickets, late enough that no block hoards work and early enough that none waits for it.
 struct Tickets {
     u32 jobs;
     u32 ticket;  // lane 0
     Draft next;
+    SmallCall small;
     __device__ Tickets(const Params& p, u32 lane) : ticket(blockIdx.x) {
-        while (load_acquire(&p.control[ROUTED]) != p.call) {}
-        __syncwarp();
-        jobs = p.control[JOBS];
-        next = draft(p, ticket, jobs, lane);
+        if (is_small(p)) {
+            small.sort(p, lane);
+            jobs = small.jobs();
+        } else {
+            while (load_acquire(&p.control[ROUTED]) != p.call) {}
+            __syncwarp();
+            jobs = p.control[JOBS];
+        }
+        next = draft(p, ticket, lane);
+    }
+    __device__ Draft draft(const Params& p, u32 ticket, u32 lane) const {
+        Draft draft = {};
+        Task& task = draft.task;
+        task = task_of(p, ticket, jobs);
+        if (task.phase == 2) return draft;
+        Job job;
+        if (is_small(p)) {
+            job = small.job(task.job);
+            draft.pair = small.pair(p, job.reserved, lane);
+        } else {
+            job = p.jobs[task.job];
+            if (lane < job.count) draft.pair = p.pairs[job.first + lane];
+        }
+        task.expert = job.expert;
+        task.first = job.first;
+        task.count = job.count;
+        task.tiles = min(tiles_of(p, task.phase) - task.block * BLOCK_TILES, BLOCK_TILES);
+        task.units = units_of(task.phase == 0 ? p.hidden : p.intermediate);
+        if (lane == 0) draft.scalars = p.scalars[task.expert];
+        return draft;
     }
     // Called before each stage of a task: the next ticket is asked for four stages before its end,
     // and its task two stages before.
@@ -140,7 +155,7 @@ struct Tickets {
         if (stage == (stages > 4 ? stages - 4 : 0) && lane == 0)
             ticket = gridDim.x + atomicAdd(&p.control[TICKETS], 1u);
         if (stage == (stages > 2 ? stages - 2 : 0))
-            next = draft(p, __shfl_sync(~0u, ticket, 0), jobs, lane);
+            next = draft(p, __shfl_sync(~0u, ticket, 0), lane);
     }
 };
 
@@ -392,7 +407,7 @@ __device__ inline void run(const Params& p, Ring& ring, u32 memory, Cursor& at,
 #pragma unroll
         for (u32 k = 0; k < N; ++k) done_with(d[0][k][0], d[1][k][0]);
         __syncwarp();
-        arrive_if(full + STAGES * 8, arrives);
+        arrive_if(full + u32((ring.empty - ring.full) * sizeof(u64)), arrives);
         at.advance();
         announcement.make(p, lane);
     }
@@ -417,6 +432,27 @@ __device__ inline void run_task(const Params& p, Ring& ring, u32 memory, Cursor&
     }
 }
 
+// The sum of terms, when all blocks have written theirs. One thread says so and one looks: 16 times as
+// many would get in one another's way. Few tokens are a share of few blocks; the others do not wait.
+__device__ inline void combine_together(const Params& p, u32 warp, u32 lane) {
+    const bool first = warp == 0 && lane == 0;
+    maths_sync(MATHS_WARPS * 32);
+    if (first) add_release(&p.control[FINISHED], 1);
+    if (blockIdx.x * 32 >= combine_steps(p)) return;
+    if (first)
+        while (load_acquire(&p.control[FINISHED]) < gridDim.x) {}
+    maths_sync(MATHS_WARPS * 32);
+    combine_share(p, (warp * gridDim.x + blockIdx.x) * 32 + lane, gridDim.x * MATHS_WARPS * 32);
+}
+
+// The last block leaves everything as the next launch wants it. Called when no thread of this block
+// looks at words of control any more.
+__device__ inline void leave(const Params& p) {
+    if (atomicAdd(&p.control[LEFT], 1u) != gridDim.x - 1) return;
+    p.control[TICKETS] = p.control[FINISHED] = p.control[LEFT] = 0;
+    for (u32 job = 0; job < SMALL_PLACES; ++job) p.control[COUNTERS + job] = 0;
+}
+
 __device__ inline void consume(const Params& p, Ring& ring, u32 warp, u32 lane) {
     const u32 memory = kept_uniform(shared_address(&ring));
     Cursor at;
@@ -435,11 +471,7 @@ __device__ inline void consume(const Params& p, Ring& ring, u32 warp, u32 lane) 
         }
     }
     announcement.make(p, lane);
-    __syncwarp();
-    if (lane == 0) add_release(&p.control[FINISHED], 1);
-    while (load_acquire(&p.control[FINISHED]) < gridDim.x * MATHS_WARPS) {}
-    __syncwarp();
-    combine_share(p, (warp * gridDim.x + blockIdx.x) * 32 + lane, gridDim.x * MATHS_WARPS * 32);
+    combine_together(p, warp, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(FUSED_THREADS, 1) fused_moe(const Params p) {
@@ -453,11 +485,13 @@ extern "C" __global__ void __launch_bounds__(FUSED_THREADS, 1) fused_moe(const P
         }
         barrier_init_fence();
     }
-    if (blockIdx.x == 0) route(p, reinterpret_cast<u32*>(&ring.y));
+    if (blockIdx.x == 0 && !is_small(p)) route(p, reinterpret_cast<u32*>(&ring.y));
     __syncthreads();
     if (warp == MATHS_WARPS) {
         produce(p, ring, lane);
     } else {
         consume(p, ring, warp, lane);
     }
+    __syncthreads();
+    if (threadIdx.x == 0) leave(p);
 }

@@ -219,8 +219,12 @@ struct Workspace {
     calls: u32,
 }
 
+/// Places of a small call, whose counters lie behind the other words that blocks share.
+const SMALL_PLACES: usize = 32;
+/// Where they begin.
+const COUNTERS: usize = 8;
 /// Words that the blocks of a launch share.
-const CONTROL_WORDS: usize = 4;
+const CONTROL_WORDS: usize = COUNTERS + SMALL_PLACES;
 
 impl Workspace {
     fn new(gpu: &Gpu) -> Result<Self, CudaError> {
@@ -254,6 +258,7 @@ impl Workspace {
         let places = tokens as usize * top_k as usize;
         let rows = tokens as usize * hidden as usize * 2;
         self.calls = self.calls.wrapping_add(1).max(1);
+        let control = gpu.address(&self.control);
         // Every place may be an expert's only one.
         Ok(Params {
             fc1: layer.fc1,
@@ -264,8 +269,12 @@ impl Workspace {
             terms: gpu.grow(&mut self.terms, places * hidden as usize * 2)?,
             out: gpu.grow(&mut self.out, rows)?,
             jobs: gpu.grow(&mut self.jobs, places)?,
-            counters: gpu.grow(&mut self.counters, places)?,
-            control: gpu.address(&self.control),
+            counters: if places <= SMALL_PLACES {
+                control + (COUNTERS * size_of::<u32>()) as u64
+            } else {
+                gpu.grow(&mut self.counters, places)?
+            },
+            control,
             pairs: gpu.grow(&mut self.pairs, places)?,
             ids: gpu.grow(&mut self.ids, places)?,
             weights: gpu.grow(&mut self.weights, places)?,

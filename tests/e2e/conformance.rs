@@ -17,7 +17,7 @@ fn cases_of_small_layers_and_odd_shapes_pass() {
     cases.extend(plan.functional.into_iter().filter(|case| odd(case.shape.hidden)));
     let (pool, mut passes) = (Pool::new(1), 0);
     for list in by_shape(&cases) {
-        run(&pool, &list, |verdict| {
+        run(&pool, &list, "cpu", |verdict| {
             assert!(verdict.passed, "{}", verdict.line);
             passes += 1;
             Ok(())

@@ -60,10 +60,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             write!(
                 out,
                 "{name:<11} T={tokens:<5} hit={:<4} burst {burst:>8.1} us {:.2} TB/s  \
-                 sustained {sustained:>8.1} us {:.2} TB/s",
+                 sustained {sustained:>8.1} us {:.2} TB/s  host {:.1} us",
                 hit.len(),
                 rate(burst),
                 rate(sustained),
+                timing.host_us,
             )?;
             if let Some([peer_burst, peer_sustained]) = peer_times(&peer, name, tokens) {
                 let (b, s) = (burst / peer_burst, sustained / peer_sustained);

@@ -45,10 +45,11 @@ pub fn by_shape(cases: &[PlannedCase]) -> Vec<Vec<&PlannedCase>> {
     lists
 }
 
-/// Runs cases of one shape; `report` hears of each as soon as it is known.
+/// Runs cases of one shape on workers with a device, `cpu` or `cuda`; `report` hears of each as soon as it is known.
 pub fn run(
     pool: &Pool,
     cases: &[&PlannedCase],
+    device: &str,
     mut report: impl FnMut(Verdict) -> Result<()>,
 ) -> Result<()> {
     let Some(first) = cases.first() else { return Ok(()) };
@@ -57,7 +58,7 @@ pub fn run(
     let top_k = cases.iter().map(|case| case.top_k).max().unwrap_or(1);
     let folder = pool.write(&first.shape, (1, top_k), seed)?;
     let model = Model::open(folder.path())?;
-    let mut servers = Servers { folder: &folder, running: None };
+    let mut servers = Servers { folder: &folder, device, running: None };
     for case in cases {
         let inputs = case.inputs()?;
         let expected = layer_outputs(&model, 0, &inputs, &VARIANTS)?;
@@ -133,6 +134,7 @@ fn moved(
 /// Workers of one checkpoint: those of the last case go on if the next one wants the same.
 struct Servers<'a> {
     folder: &'a TempDir,
+    device: &'a str,
     running: Option<(Wanted, Server)>,
 }
 
@@ -178,9 +180,13 @@ impl Servers<'_> {
 
     fn start(&self, Wanted { ranks, placement }: Wanted) -> Result<Server> {
         if ranks == 1 {
-            return Ok(Server::Alone(Worker::start(self.folder.path(), &[])?));
+            return Ok(Server::Alone(Worker::start(
+                self.folder.path(),
+                &["--device", self.device],
+            )?));
         }
-        let options = vec!["--max-tokens".to_owned(), MAX_TOKENS.to_owned()];
+        let options = ["--max-tokens", MAX_TOKENS, "--device", self.device];
+        let options = options.map(str::to_owned).to_vec();
         let spec = Spec { ranks, placement: placement.map(|layer| vec![layer]), options };
         Ok(Server::Group(Group::start(self.folder.path(), &spec)?))
     }

@@ -16,13 +16,19 @@ struct Pair {
     u32 reserved;
 };
 
-// Words that the blocks of a launch share.
+// Words that the blocks of a launch share. TICKETS, FINISHED, LEFT and the counters are 0 before every
+// launch: the last block to leave resets them.
 enum Control : u32 {
-    JOBS,      // how many there are
-    TICKETS,   // drawn beyond the first of each block
-    FINISHED,  // maths warps that have written their last term
-    ROUTED,    // the call whose jobs are there
+    JOBS,       // how many there are
+    TICKETS,    // drawn beyond the first of each block
+    FINISHED,   // blocks that have written their last term
+    ROUTED,     // the call whose jobs are there
+    LEFT,       // blocks that look at none of this any more
+    COUNTERS = 8,  // of a small call, for each of its jobs: tiles of FC1 that are done
 };
+
+// Places of a call whose jobs every copying warp finds by itself, a lane for each.
+constexpr u32 SMALL_PLACES = 32;
 
 // fp32 products of one expert's scales; the alphas with UNSCALE.
 struct Scalars {
@@ -41,7 +47,7 @@ struct Params {
     u16* terms;              // bf16 [tokens * top_k, hidden]
     u16* out;                // bf16 [tokens, hidden]
     Job* jobs;
-    u32* counters;           // [jobs]: tiles of FC1 that are done
+    u32* counters;           // [jobs]: tiles of FC1 that are done; in `control` for a small call
     u32* control;            // see the words of Control
     Pair* pairs;
     const int* ids;          // [tokens, top_k]

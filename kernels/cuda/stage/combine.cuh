@@ -25,9 +25,14 @@ __device__ inline void combine(const Params& p, u32 token, u32 column) {
     *reinterpret_cast<uint4*>(p.out + size_t(token) * p.hidden + column) = out;
 }
 
+// Steps of all tokens.
+__device__ inline u32 combine_steps(const Params& p) {
+    return p.tokens * (p.hidden / COMBINE_COLUMNS);
+}
+
 // The share of thread `thread` of `threads` in all tokens.
 __device__ inline void combine_share(const Params& p, u32 thread, u32 threads) {
     const u32 row = p.hidden / COMBINE_COLUMNS;
-    for (u32 n = thread; n < p.tokens * row; n += threads)
+    for (u32 n = thread; n < combine_steps(p); n += threads)
         combine(p, n / row, n % row * COMBINE_COLUMNS);
 }

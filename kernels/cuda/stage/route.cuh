@@ -31,11 +31,7 @@ __device__ inline void make_jobs(const Params& p, u32* next, u32 lane) {
         pairs = __shfl_sync(~0u, pairs_end, 31);
         jobs = __shfl_sync(~0u, jobs_end, 31);
     }
-    if (lane == 0) {
-        p.control[JOBS] = jobs;
-        p.control[TICKETS] = 0;
-        p.control[FINISHED] = 0;
-    }
+    if (lane == 0) p.control[JOBS] = jobs;
 }
 
 // `next` has EXPERTS_MAX words of shared memory.
@@ -56,3 +52,45 @@ __device__ inline void route(const Params& p, u32* next) {
     __syncthreads();
     if (threadIdx.x == 0) store_release(&p.control[ROUTED], p.call);
 }
+
+__device__ inline bool is_small(const Params& p) {
+    return p.tokens * p.top_k <= SMALL_PLACES;
+}
+
+// Position of set bit number `n`.
+__device__ inline u32 nth_bit(u32 bits, u32 n) {
+    for (; n > 0; --n) bits &= bits - 1;
+    return __ffs(bits) - 1;
+}
+
+// The jobs of a small call, in the registers of one warp: each lane has a place. To wait for the first
+// block would take longer. All warps that do this find the same.
+struct SmallCall {
+    int expert;
+    float weight;
+    u32 same;     // lanes of this lane's expert
+    u32 first;    // of the first lane of an expert: position of its pairs
+    u32 leaders;  // the first lane of each expert
+    __device__ void sort(const Params& p, u32 lane) {
+        const bool there = lane < p.tokens * p.top_k;
+        expert = there ? p.ids[lane] : -1;
+        weight = there ? p.weights[lane] : 0.0f;
+        same = __match_any_sync(~0u, expert);
+        const bool leads = expert >= 0 && lane == nth_bit(same, 0);
+        leaders = __ballot_sync(~0u, leads);
+        const u32 count = leads ? __popc(same) : 0;
+        first = inclusive_sum(count, lane) - count;
+    }
+    __device__ u32 jobs() const { return __popc(leaders); }
+    __device__ Job job(u32 index) const {
+        const u32 leader = nth_bit(leaders, index);
+        const u32 lanes = __shfl_sync(~0u, same, leader);
+        return {u32(__shfl_sync(~0u, expert, leader)), __shfl_sync(~0u, first, leader),
+                u32(__popc(lanes)), lanes};
+    }
+    // Pair number `lane` of a job that has so many.
+    __device__ Pair pair(const Params& p, u32 lanes, u32 lane) const {
+        const u32 place = lane < __popc(lanes) ? nth_bit(lanes, lane) : 0;
+        return {place / p.top_k, place, __shfl_sync(~0u, weight, place), 0};
+    }
+};

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use cudarc::driver::CudaFunction;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::launch::{Gpu, Grid, Memory};
 use super::params::{Params, Scalars};
@@ -17,6 +18,7 @@ use super::{CudaError, CudaOptions, Kernels, Layer, Workspace, compile, context,
 use crate::problem::{Form, LayerShape};
 
 const BURSTS: usize = 9;
+const HOST_CALLS: u32 = 200;
 const IDLE: Duration = Duration::from_millis(400);
 const SUSTAINED_US: f64 = 1.5e6;
 /// More than the cache holds.
@@ -29,6 +31,8 @@ pub struct Timing {
     pub burst_us: f64,
     /// Mean of calls back to back.
     pub sustained_us: f64,
+    /// Processor time that starting a call takes the host; mean.
+    pub host_us: f64,
 }
 
 /// A layer on a GPU.
@@ -124,9 +128,24 @@ impl CudaBench {
         let burst_us = bursts[BURSTS / 2];
         let calls = (SUSTAINED_US / burst_us).ceil() as usize;
         let sustained_us = timed(&params, calls).map_err(failed)? / calls as f64;
-        workspace.calls = numbers.get();
-        Ok(Timing { burst_us, sustained_us })
+        let mut host_us = 0.0;
+        for n in 0..HOST_CALLS {
+            let began = processor_us();
+            let call = numbers.get() + n;
+            kernels.launch(gpu, &Params { call, ..params }).map_err(failed)?;
+            host_us += processor_us() - began;
+            // Not while the queue is full: the host would wait.
+            gpu.wait().map_err(failed)?;
+        }
+        workspace.calls = numbers.get() + HOST_CALLS;
+        Ok(Timing { burst_us, sustained_us, host_us: host_us / f64::from(HOST_CALLS) })
     }
+}
+
+/// What this thread has used of its processor.
+fn processor_us() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec as f64 * 1e6 + time.tv_nsec as f64 / 1e3
 }
 
 /// Weights of every expert: random bytes of one, repeated. Any bytes are codes and scales.

@@ -18,7 +18,7 @@ use super::CudaError;
 const HASH: usize = 32;
 
 /// The machine code of a program, from `folder` or from NVRTC.
-pub(super) fn cubin(source: &str, options: &[&str], folder: &Path) -> Result<Vec<u8>, CudaError> {
+pub(super) fn cubin(source: &str, options: &[String], folder: &Path) -> Result<Vec<u8>, CudaError> {
     let key = key(source, options, version()?);
     let path = folder.join(format!("{key}.cubin"));
     if let Some(cubin) = fs::read(&path).ok().and_then(checked) {
@@ -41,7 +41,7 @@ pub fn default_cache() -> PathBuf {
     cache.unwrap_or_else(std::env::temp_dir).join("moeplane/cubin")
 }
 
-fn key(source: &str, options: &[&str], version: (i32, i32)) -> String {
+fn key(source: &str, options: &[String], version: (i32, i32)) -> String {
     let mut hash = Sha256::new();
     hash.update(format!("{version:?} {options:?}\n"));
     hash.update(source);
@@ -62,7 +62,7 @@ fn version() -> Result<(i32, i32), CudaError> {
     Ok((major, minor))
 }
 
-fn compile(source: &str, options: &[&str]) -> Result<Vec<u8>, CudaError> {
+fn compile(source: &str, options: &[String]) -> Result<Vec<u8>, CudaError> {
     let failed = |call: &'static str| move |error| CudaError::Nvrtc { call, error };
     // Our own text has no zero byte.
     let source = CString::new(source).unwrap_or_default();
@@ -124,12 +124,13 @@ mod tests {
 
     #[test]
     fn whatever_changes_the_code_changes_the_key() {
-        let key_of = |source: &str, options: &[&str], version| key(source, options, version);
-        let one = key_of("a", &["-x"], (13, 0));
-        assert_eq!(one, key_of("a", &["-x"], (13, 0)));
-        for other in [key_of("b", &["-x"], (13, 0)), key_of("a", &["-y"], (13, 0))] {
+        let key_of =
+            |source: &str, option: &str, version| key(source, &[option.to_owned()], version);
+        let one = key_of("a", "-x", (13, 0));
+        assert_eq!(one, key_of("a", "-x", (13, 0)));
+        for other in [key_of("b", "-x", (13, 0)), key_of("a", "-y", (13, 0))] {
             assert_ne!(one, other);
         }
-        assert_ne!(one, key_of("a", &["-x"], (13, 1)));
+        assert_ne!(one, key_of("a", "-x", (13, 1)));
     }
 }

@@ -1,6 +1,8 @@
 //! The device code, and what it is compiled with.
 
-use super::CudaOptions;
+use super::{
+    BLOCK_TILES, COUNTERS, CudaOptions, EXPERTS_MAX, FUSED_SHARED, FUSED_THREADS, SMALL_PLACES,
+};
 
 /// The files in the order in which they are compiled, as one program without headers.
 const FILES: [(&str, &str); 9] = [
@@ -16,11 +18,23 @@ const FILES: [(&str, &str); 9] = [
 ];
 
 /// Options of the compiler. Products and sums are not contracted: the numerics round each step.
-pub(super) fn options(options: &CudaOptions) -> Vec<&'static str> {
-    let mut all = vec!["--gpu-architecture=sm_90a", "--std=c++17", "--fmad=false"];
+///
+/// What the host takes for granted about the program goes along, and the program asserts it.
+pub(super) fn options(options: &CudaOptions) -> Vec<String> {
+    let mut all =
+        ["--gpu-architecture=sm_90a", "--std=c++17", "--fmad=false"].map(str::to_owned).to_vec();
     if options.every_lane_arrives {
-        all.push("--define-macro=EVERY_LANE_ARRIVES");
+        all.push("--define-macro=EVERY_LANE_ARRIVES".to_owned());
     }
+    let host = [
+        ("HOST_THREADS", FUSED_THREADS as usize),
+        ("HOST_SHARED", FUSED_SHARED as usize),
+        ("HOST_BLOCK_TILES", BLOCK_TILES as usize),
+        ("HOST_EXPERTS_MAX", EXPERTS_MAX as usize),
+        ("HOST_SMALL_PLACES", SMALL_PLACES),
+        ("HOST_COUNTERS", COUNTERS),
+    ];
+    all.extend(host.map(|(name, value)| format!("--define-macro={name}={value}")));
     all
 }
 

@@ -27,6 +27,7 @@ step() {
 }
 step "against golden cases and the cpu device" ./moeplane-cases gpu-check data
 step "golden cases through worker processes" ./moeplane-cases check-cases data/moe-golden --device cuda
+step "cases of the original system, and functional shapes" ./moeplane-cases conformance data/cases.json --device cuda
 step "times on layers of public models" ./moeplane-cases gpu-bench ${ROUTING:+--routing "$ROUTING"} ${PEER:+--peer "$PEER"}
 step "demo through a worker process" ./moeplane-cases demo data/tiny-kjv-moe --device cuda --once
 if command -v compute-sanitizer >/dev/null; then
@@ -57,6 +58,8 @@ pub(crate) fn run() -> Result<bool> {
         let stripped = Command::new("strip").arg(&to).status().context("strip")?;
         ensure!(stripped.success(), "strip {program} failed");
     }
+    fs::create_dir_all(folder.join("data"))?;
+    fs::copy(root().join("tests/data/cases.json"), folder.join("data/cases.json"))?;
     for data in ["moe-golden", "tiny-kjv-moe"] {
         copy_folder(&root().join("tests/data").join(data), &folder.join("data").join(data))?;
     }
