@@ -4,6 +4,7 @@
 mod calls;
 mod checkpoints;
 mod conformance;
+mod control;
 mod failures;
 mod field;
 mod groups;

@@ -3,6 +3,7 @@
 
 pub mod call;
 pub mod case;
+pub mod control_process;
 pub mod group;
 pub mod kill;
 pub mod plan;

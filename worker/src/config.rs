@@ -28,6 +28,9 @@ pub struct Config {
     /// The ranks that serve the model together; none for a worker that is alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<GroupConfig>,
+    /// The control plane; none for a worker that nobody is to see.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub control: Option<ControlConfig>,
     /// The device.
     pub device: DeviceConfig,
     /// What is logged.
@@ -52,6 +55,15 @@ pub struct GroupConfig {
     /// The expert of every slot of every layer, JSON `[layer][slot]`; experts in order otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub placement: Option<PathBuf>,
+}
+
+/// Where control is, and what it knows this worker by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ControlConfig {
+    /// Its address, `ws://HOST:PORT`.
+    pub url: String,
+    /// File with the credential of workers; read for each session.
+    pub credential: PathBuf,
 }
 
 /// How engines reach the worker.
@@ -188,6 +200,9 @@ pub struct Settings {
     /// See [`GroupConfig`].
     #[serde(default)]
     pub group: GroupSettings,
+    /// See [`ControlConfig`].
+    #[serde(default)]
+    pub control: ControlSettings,
     /// See [`DeviceConfig`].
     #[serde(default)]
     pub device: DeviceSettings,
@@ -224,6 +239,16 @@ pub struct GroupSettings {
     pub slots_per_rank: Option<u32>,
     /// See [`GroupConfig::placement`].
     pub placement: Option<PathBuf>,
+}
+
+/// See [`ControlConfig`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControlSettings {
+    /// See [`ControlConfig::url`].
+    pub url: Option<String>,
+    /// See [`ControlConfig::credential`].
+    pub credential: Option<PathBuf>,
 }
 
 /// See [`DeviceConfig`].
@@ -301,7 +326,26 @@ impl Settings {
         let filter = self.log.filter.or(file.log.filter).unwrap_or_else(|| "info".to_owned());
         let format = self.log.format.or(file.log.format).unwrap_or_default();
         let log = LogConfig { filter, format };
-        Ok(Config { model, engine: EngineConfig { socket, max_tokens }, group, device, log })
+        let control = self.control.over(file.control)?;
+        let engine = EngineConfig { socket, max_tokens };
+        Ok(Config { model, engine, group, control, device, log })
+    }
+}
+
+impl ControlSettings {
+    fn over(self, file: Self) -> Result<Option<ControlConfig>, ConfigError> {
+        let credential = self.credential.or(file.credential);
+        let missing = |key, option| ConfigError::Missing { key, option };
+        match (self.url.or(file.url), credential) {
+            (None, None) => Ok(None),
+            (None, Some(_)) => Err(missing("control.url", "control")),
+            (Some(_), None) => Err(missing("control.credential", "credential")),
+            (Some(url), Some(_)) if !url.starts_with("ws://") => {
+                let expected = "ws://HOST:PORT".to_owned();
+                Err(ConfigError::Value { key: "control.url", value: url, expected })
+            }
+            (Some(url), Some(credential)) => Ok(Some(ControlConfig { url, credential })),
+        }
     }
 }
 
@@ -409,6 +453,14 @@ mod tests {
                 "engine.max_tokens is 0, expected 1 to 65536",
             ),
             ("[device]\nisa = 'sse'", "sse"),
+            (
+                "model = 'm'\n[engine]\nsocket = 's'\n[control]\nurl = 'ws://h:1'",
+                "control.credential is not set, expected it in the file or as --credential",
+            ),
+            (
+                "model = 'm'\n[engine]\nsocket = 's'\n[control]\nurl = 'h:1'\ncredential = 'c'",
+                "control.url is h:1, expected ws://HOST:PORT",
+            ),
             ("model = 'm'\n[group]\nrank = 1", "engine.socket is not set"),
             (
                 &with_group("rank = 1"),

@@ -9,9 +9,11 @@ mod failure;
 pub mod limits;
 mod model;
 mod placement;
+mod pulse;
 mod rank;
 mod socket;
 mod start;
+mod uplink;
 mod watch;
 
 pub use self::placement::PlaceError;

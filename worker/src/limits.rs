@@ -6,6 +6,16 @@ use std::time::Duration;
 /// to be woken. Calls of a model come in rows, layer after layer.
 pub const LINGER: Duration = Duration::from_micros(50);
 
+/// Longest wait for control to take a connection, to answer, or to take what is said.
+pub const CONTROL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often the thread that speaks with control looks whether the worker stops.
+pub const CONTROL_TICK: Duration = Duration::from_millis(100);
+
+/// Shortest and longest pause before control is dialled again: soon after a restart, and without
+/// pressing one that is away for long.
+pub const RECONNECT: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(8));
+
 /// Engines that may be connected at once. One rank serves one engine and those that look at it; the
 /// rest are lost clients.
 pub const CONNECTIONS_MAX: u32 = 64;

@@ -14,8 +14,8 @@ use signal_hook::low_level::pipe;
 use tracing_subscriber::EnvFilter;
 use worker::check::Question;
 use worker::config::{
-    Config, ConfigError, DeviceKind, DeviceSettings, EngineSettings, GroupSettings, LogConfig,
-    LogFormat, LogSettings, Settings,
+    Config, ConfigError, ControlSettings, DeviceKind, DeviceSettings, EngineSettings,
+    GroupSettings, LogConfig, LogFormat, LogSettings, Settings,
 };
 use worker::{Rank, StartError};
 
@@ -95,6 +95,12 @@ struct Options {
     /// File with the expert of every slot, JSON [layer][slot].
     #[arg(long)]
     placement: Option<PathBuf>,
+    /// Address of the control plane, ws://HOST:PORT.
+    #[arg(long)]
+    control: Option<String>,
+    /// File with the credential of workers.
+    #[arg(long)]
+    credential: Option<PathBuf>,
     /// What computes: cpu or cuda.
     #[arg(long)]
     device: Option<DeviceKind>,
@@ -139,6 +145,7 @@ impl Options {
                 slots_per_rank: self.slots_per_rank,
                 placement: self.placement,
             },
+            control: ControlSettings { url: self.control, credential: self.credential },
             device: DeviceSettings {
                 kind: self.device,
                 gpu: self.gpu,

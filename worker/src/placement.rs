@@ -87,6 +87,11 @@ impl Placements {
         }
     }
 
+    /// Slots of a rank in the layer that has most.
+    pub(crate) fn slots_per_rank(&self) -> u32 {
+        self.layers.iter().map(Placement::slots_per_rank).max().unwrap_or(0)
+    }
+
     /// Equal on all ranks whose placements are.
     pub(crate) fn digest(&self) -> String {
         let mut hash = Sha256::new();

@@ -4,6 +4,7 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
@@ -14,6 +15,7 @@ use protocol::buffer::BufferLayout;
 use protocol::frame::{Frame, Kind, Malformed};
 use protocol::message::{ActFormat, Attach, Attached, Call, Hello, WeightsIn, Welcome};
 use protocol::refusal::Refusal;
+use protocol::session::EngineState;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::Serialize;
@@ -23,7 +25,9 @@ use crate::connection::{Attachment, Connection, State};
 use crate::failure::refusal;
 use crate::limits::{CONNECTIONS_MAX, LINGER};
 use crate::model::Model;
+use crate::pulse::Pulse;
 use crate::socket::Listener;
+use crate::uplink::Uplink;
 use crate::watch::Watch;
 
 /// A worker that is ready: engines can connect.
@@ -35,6 +39,10 @@ pub struct Rank {
     connections: Vec<Connection>,
     /// Wakes the loop when peers announce a call; none for a rank that is alone.
     watch: Option<Watch>,
+    /// What control is told of this rank.
+    pulse: Arc<Pulse>,
+    /// The session with control; none for a worker that nobody is to see.
+    _uplink: Option<Uplink>,
 }
 
 impl Rank {
@@ -44,9 +52,10 @@ impl Rank {
         max_tokens: u32,
         listener: Listener,
         watch: Option<Watch>,
+        (pulse, uplink): (Arc<Pulse>, Option<Uplink>),
     ) -> Self {
-        let connections = Vec::new();
-        Self { device, model, max_tokens, listener, connections, watch }
+        let (connections, _uplink) = (Vec::new(), uplink);
+        Self { device, model, max_tokens, listener, connections, watch, pulse, _uplink }
     }
 
     /// Serves until a byte comes from `stop`; calls whose frames have arrived are answered first.
@@ -86,7 +95,18 @@ impl Rank {
                 self.handle_frames(index);
             }
             self.connections.retain(|connection| !connection.is_over());
+            self.pulse.set_engine(self.engine());
         }
+    }
+
+    /// Whether this rank has an engine.
+    fn engine(&self) -> EngineState {
+        let of = |connection: &Connection| match &connection.state {
+            State::Attached(attachment) if attachment.idle => EngineState::Idle,
+            State::Attached(_) => EngineState::Attached,
+            State::New | State::Greeted => EngineState::Absent,
+        };
+        self.connections.iter().map(of).max_by_key(|&state| state as u8).unwrap_or_default()
     }
 
     /// Whether calls of other ranks do not wait for an engine of this one.
@@ -319,6 +339,7 @@ impl Rank {
         // changed the buffer under a running call, or is about to.
         connection.read();
         let early = connection.take_calls();
+        self.pulse.count(ran.is_ok());
         match ran {
             Ok(()) => connection.answer(Kind::Done, frame.seq, &[], None),
             Err(Failed::Alone { refusal, .. }) => connection.refuse(&refusal, frame.seq),

@@ -4,7 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kernels::checkpoint::{Checkpoint, CheckpointError};
 use kernels::cpu::{CpuDevice, CpuOptions, CpuSlots};
@@ -14,12 +14,16 @@ use kernels::group::Group;
 use kernels::heap::HeapShape;
 use kernels::heap::shm::{JoinError, Membership, ShmHeap, Terms};
 use protocol::frame::VERSION;
+use protocol::message::ActFormat;
+use protocol::session::{ModelInfo, Register, SESSION_VERSION};
 
 use crate::Rank;
 use crate::config::{Config, ConfigError, DeviceKind, GroupConfig};
 use crate::model::Model;
 use crate::placement::{PlaceError, Placements};
+use crate::pulse::Pulse;
 use crate::socket::Listener;
+use crate::uplink::Uplink;
 use crate::watch::Watch;
 
 /// Why a worker does not start.
@@ -49,6 +53,9 @@ pub enum StartError {
     /// A thread that cannot be started.
     #[error("peers cannot be watched for")]
     Watch(#[source] io::Error),
+    /// A thread that cannot be started.
+    #[error("control cannot be spoken with")]
+    Uplink(#[source] io::Error),
     /// A socket that cannot be listened on.
     #[error("cannot listen at {}", path.display())]
     Listen {
@@ -105,8 +112,55 @@ impl Rank {
             loaded_ms = started.elapsed().as_millis(),
             "ready"
         );
-        Ok(Self::new(device, model, max_tokens, listener, watch))
+        let pulse = Arc::new(Pulse::default());
+        let uplink = config.control.as_ref().map(|control| {
+            let register = register(config, &checkpoint, &model, device.as_mut())?;
+            let pulse = Arc::clone(&pulse);
+            Uplink::start(control.clone(), register, pulse).map_err(StartError::Uplink)
+        });
+        let uplink = uplink.transpose()?;
+        Ok(Self::new(device, model, max_tokens, listener, watch, (pulse, uplink)))
     }
+}
+
+/// What control is told of this worker.
+fn register(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    model: &Model,
+    device: &mut dyn Device,
+) -> Result<Register, StartError> {
+    let group = config.group.as_ref();
+    let layers = checkpoint.layers();
+    let slots_per_rank = match group {
+        Some(group) => Placements::new(group, layers)?.slots_per_rank(),
+        None => layers.iter().map(|layer| layer.shape.experts).max().unwrap_or(0),
+    };
+    let act = match model.no_nvfp4 {
+        None => vec![ActFormat::Bf16, ActFormat::Nvfp4],
+        Some(_) => vec![ActFormat::Bf16],
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Ok(Register {
+        version: SESSION_VERSION,
+        group: group.map_or_else(|| model.name.clone(), |group| group.name.clone()),
+        rank: device.group().rank(),
+        ranks: device.group().ranks(),
+        incarnation: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+        pid: std::process::id(),
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        socket: config.engine.socket.display().to_string(),
+        device: device.describe(),
+        model: ModelInfo {
+            name: model.name.clone(),
+            digest: checkpoint.digest().map_err(LoadError::from)?,
+            act,
+            layers: model.layers.clone(),
+            unserved: model.unserved.clone(),
+        },
+        slots_per_rank,
+        max_tokens: config.engine.max_tokens,
+    })
 }
 
 /// Loads this rank's slots and joins the group: last, so that nobody waits for a rank that loads.

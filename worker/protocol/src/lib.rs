@@ -26,6 +26,7 @@ pub mod ids;
 pub mod message;
 pub mod placement;
 pub mod refusal;
+pub mod session;
 pub mod stream;
 
 /// Experts and weights of tokens from the logits of a model's router, for engines that have logits.

@@ -1,0 +1,72 @@
+//! The one error that the API answers, as problem+json. What is internal is logged, not returned.
+
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::store::StoreError;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ApiError {
+    #[error("there is no {what} {name}")]
+    NotFound { what: &'static str, name: String },
+    #[error("this path does not know the method")]
+    Method,
+    #[error("{0}")]
+    Query(#[from] QueryRejection),
+    #[error("{0}")]
+    Path(#[from] PathRejection),
+    #[error("{name} is {value}, expected {expected}")]
+    Value { name: &'static str, value: String, expected: String },
+    #[error("the workers' credential is missing or wrong")]
+    Credential,
+    #[error("not every rank is there: {missing}")]
+    NotReady { missing: String },
+    #[error("the database does not answer")]
+    Store(#[from] StoreError),
+}
+
+/// What is wrong (RFC 9457).
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Problem {
+    /// Always `about:blank`: `code` says what it is.
+    r#type: &'static str,
+    /// As in the status line.
+    status: u16,
+    /// Stable, for programs.
+    code: &'static str,
+    /// For people: names the value, and what was expected.
+    title: String,
+}
+
+impl ApiError {
+    fn kind(&self) -> (StatusCode, &'static str) {
+        match self {
+            Self::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
+            Self::Method => (StatusCode::METHOD_NOT_ALLOWED, "method"),
+            Self::Query(_) => (StatusCode::BAD_REQUEST, "query"),
+            Self::Path(_) => (StatusCode::BAD_REQUEST, "path"),
+            Self::Value { .. } => (StatusCode::BAD_REQUEST, "value"),
+            Self::Credential => (StatusCode::UNAUTHORIZED, "credential"),
+            Self::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
+            Self::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "database"),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, code) = self.kind();
+        if let Self::Store(error) = &self {
+            tracing::error!(error = error as &dyn std::error::Error, "a request failed");
+        }
+        let title = self.to_string();
+        let problem = Problem { r#type: "about:blank", status: status.as_u16(), code, title };
+        let mut response = (status, axum::Json(problem)).into_response();
+        let problem_json = HeaderValue::from_static("application/problem+json");
+        response.headers_mut().insert(header::CONTENT_TYPE, problem_json);
+        response
+    }
+}

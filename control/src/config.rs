@@ -1,0 +1,154 @@
+//! The configuration: one typed struct from an optional file and command line options, which take the
+//! place of the file's values. No other module reads files, arguments or the environment for settings.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{HEARTBEAT_MS_DEFAULT, LISTEN_DEFAULT};
+
+/// A complete configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Config {
+    /// Folder of what control keeps: the database, the workers' credential, the address.
+    pub data: PathBuf,
+    /// Where control listens; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Milliseconds between a worker's heartbeats.
+    pub heartbeat_ms: u64,
+    /// What is logged, such as `info` or `control=debug`.
+    pub log: String,
+}
+
+/// Settings as the file or the command line gives them.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// See [`Config::data`].
+    pub data: Option<PathBuf>,
+    /// See [`Config::listen`].
+    pub listen: Option<String>,
+    /// See [`Config::heartbeat_ms`].
+    pub heartbeat_ms: Option<u64>,
+    /// See [`Config::log`].
+    pub log: Option<String>,
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is malformed or has an unknown key.
+    #[error("{} is not a configuration", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value that nobody gave.
+    #[error("{key} is not set, expected it in the file or as --{key}")]
+    Missing {
+        /// Key in the file.
+        key: &'static str,
+    },
+    /// A value that cannot be.
+    #[error("{key} is {value}, expected {expected}")]
+    Value {
+        /// Key in the file.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is possible.
+        expected: &'static str,
+    },
+}
+
+impl Settings {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`], [`ConfigError::Parse`] with the line.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// These settings, and those of `file` where these say nothing; checked.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`], [`ConfigError::Value`].
+    pub fn over(self, file: Self) -> Result<Config, ConfigError> {
+        let data = self.data.or(file.data).ok_or(ConfigError::Missing { key: "data" })?;
+        let listen = self.listen.or(file.listen).unwrap_or_else(|| LISTEN_DEFAULT.to_owned());
+        let wrong = |value: &str, expected| ConfigError::Value {
+            key: "listen",
+            value: value.to_owned(),
+            expected,
+        };
+        let address = listen.to_socket_addrs().ok().and_then(|mut all| all.next());
+        let address = address.ok_or_else(|| wrong(&listen, "HOST:PORT"))?;
+        // Credentials cross in the clear.
+        if !address.ip().is_loopback() {
+            return Err(wrong(&listen, "an address of loopback: there is no TLS yet"));
+        }
+        let heartbeat_ms = self.heartbeat_ms.or(file.heartbeat_ms).unwrap_or(HEARTBEAT_MS_DEFAULT);
+        if !(10..=60_000).contains(&heartbeat_ms) {
+            let (key, value) = ("heartbeat_ms", heartbeat_ms.to_string());
+            return Err(ConfigError::Value { key, value, expected: "10 to 60000" });
+        }
+        let log = self.log.or(file.log).unwrap_or_else(|| "info".to_owned());
+        Ok(Config { data, listen: address, heartbeat_ms, log })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_used_is_named() {
+        let cases = [
+            ("", "data is not set, expected it in the file or as --data"),
+            ("data = 'd'\nlisten = 'nowhere'", "listen is nowhere, expected HOST:PORT"),
+            (
+                "data = 'd'\nlisten = '0.0.0.0:1'",
+                "listen is 0.0.0.0:1, expected an address of loop",
+            ),
+            ("data = 'd'\nheartbeat_ms = 9", "heartbeat_ms is 9, expected 10 to 60000"),
+            ("data = 'd'\nlog_level = 'x'", "unknown field `log_level`"),
+        ];
+        for (text, expected) in cases {
+            let file = toml::from_str::<Settings>(text).map_err(|error| error.to_string());
+            let config = file
+                .and_then(|file| Settings::default().over(file).map_err(|error| error.to_string()));
+            let error = config.unwrap_err();
+            assert!(error.contains(expected), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn options_win_over_the_file() {
+        let file = toml::from_str("data = 'd'\nlisten = '127.0.0.1:1'").unwrap();
+        let options = Settings { listen: Some("127.0.0.1:2".to_owned()), ..Settings::default() };
+        let config = options.over(file).unwrap();
+        assert_eq!((config.data, config.listen.port()), (PathBuf::from("d"), 2));
+        assert_eq!(config.heartbeat_ms, HEARTBEAT_MS_DEFAULT);
+    }
+}

@@ -1,0 +1,302 @@
+//! Who is there: groups, their ranks, and the sessions that speak for them, in memory. Pure: no input or
+//! output, and the time is told.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use protocol::session::{Heartbeat, Register, SESSION_VERSION, SESSION_VERSION_OLDEST};
+use tokio::sync::Notify;
+
+use crate::limits::{NAME_BYTES_MAX, RANKS_MAX};
+
+/// Why a registration was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("session version is {got}, expected {SESSION_VERSION_OLDEST} to {SESSION_VERSION}")]
+    Version { got: u32 },
+    #[error("{what} is {got}, expected {expected}")]
+    Value { what: &'static str, got: String, expected: String },
+    #[error("{what} is {got}, the group {group} has {expected}")]
+    Differs { group: String, what: &'static str, got: String, expected: String },
+    #[error("rank {rank} of the group {group} is connected with a later start")]
+    Older { group: String, rank: u32 },
+}
+
+/// One rank.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) register: Register,
+    pub(crate) first_seen_ms: u64,
+    pub(crate) last_seen_ms: u64,
+    pub(crate) heartbeat: Option<Heartbeat>,
+    /// The session that speaks for it, told when a newer one takes its place.
+    session: Option<(u64, Arc<Notify>)>,
+    /// Whether its registration is in the store: nothing is shown that a restart would forget.
+    kept: bool,
+}
+
+impl Worker {
+    /// Whether it is connected and was heard of lately.
+    pub(crate) fn is_there(&self, now_ms: u64, patience_ms: u64) -> bool {
+        self.kept && self.speaks(now_ms, patience_ms)
+    }
+
+    fn speaks(&self, now_ms: u64, patience_ms: u64) -> bool {
+        self.session.is_some() && now_ms.saturating_sub(self.last_seen_ms) <= patience_ms
+    }
+}
+
+/// Every worker, by group and rank.
+#[derive(Debug, Default)]
+pub(crate) struct Fleet {
+    pub(crate) groups: BTreeMap<String, BTreeMap<u32, Worker>>,
+    sessions: u64,
+}
+
+/// A session that stands.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) session: u64,
+    /// Notified when a newer session speaks for the rank.
+    pub(crate) replaced: Arc<Notify>,
+}
+
+impl Fleet {
+    /// Brings a worker back from the store: known, and without a session.
+    pub(crate) fn remember(
+        &mut self,
+        register: Register,
+        (first_seen_ms, last_seen_ms): (u64, u64),
+    ) {
+        let group = self.groups.entry(register.group.clone()).or_default();
+        let (heartbeat, session, kept) = (None, None, true);
+        let rank = register.rank;
+        let worker = Worker { register, first_seen_ms, last_seen_ms, heartbeat, session, kept };
+        group.insert(rank, worker);
+    }
+
+    /// Lets a worker in. A later process of a rank takes the place of an earlier one; a rank that does
+    /// not fit those of its group that are there is refused.
+    pub(crate) fn admit(
+        &mut self,
+        register: &Register,
+        now_ms: u64,
+        patience_ms: u64,
+    ) -> Result<Admitted, Refusal> {
+        check(register)?;
+        let (name, rank) = (&register.group, register.rank);
+        let group = self.groups.entry(name.clone()).or_default();
+        for other in group.values().filter(|other| other.speaks(now_ms, patience_ms)) {
+            if other.register.rank != rank {
+                check_same(register, &other.register)?;
+            } else if other.register.incarnation > register.incarnation {
+                return Err(Refusal::Older { group: name.clone(), rank });
+            }
+        }
+        // Ranks of another model or number that went would only be missed for ever.
+        group.retain(|_, other| {
+            other.speaks(now_ms, patience_ms) || check_same(register, &other.register).is_ok()
+        });
+        self.sessions += 1;
+        let (session, replaced) = (self.sessions, Arc::new(Notify::new()));
+        let before = group.remove(&rank);
+        let first_seen_ms = before.as_ref().map_or(now_ms, |before| before.first_seen_ms);
+        if let Some((_, replaced)) = before.and_then(|before| before.session) {
+            replaced.notify_one();
+        }
+        let worker = Worker {
+            register: register.clone(),
+            first_seen_ms,
+            last_seen_ms: now_ms,
+            heartbeat: None,
+            session: Some((session, Arc::clone(&replaced))),
+            kept: false,
+        };
+        group.insert(rank, worker);
+        Ok(Admitted { session, replaced })
+    }
+
+    /// A registration is in the store.
+    pub(crate) fn keep(&mut self, of: &Register, session: u64) {
+        if let Some(worker) = self.of_session(of, session) {
+            worker.kept = true;
+        }
+    }
+
+    /// A worker was heard of; false if another session speaks for it by now.
+    pub(crate) fn hear(
+        &mut self,
+        of: &Register,
+        session: u64,
+        now_ms: u64,
+        beat: Heartbeat,
+    ) -> bool {
+        let Some(worker) = self.of_session(of, session) else { return false };
+        (worker.last_seen_ms, worker.heartbeat) = (now_ms, Some(beat));
+        true
+    }
+
+    /// A session ended; when its worker was heard of last, unless another session speaks for it.
+    pub(crate) fn leave(&mut self, of: &Register, session: u64) -> Option<u64> {
+        let worker = self.of_session(of, session)?;
+        worker.session = None;
+        Some(worker.last_seen_ms)
+    }
+
+    fn of_session(&mut self, of: &Register, session: u64) -> Option<&mut Worker> {
+        let worker = self.groups.get_mut(&of.group)?.get_mut(&of.rank)?;
+        worker.session.as_ref().is_some_and(|(own, _)| *own == session).then_some(worker)
+    }
+
+    /// The ranks of each group that are not there, of groups that lack any.
+    pub(crate) fn missing(&self, now_ms: u64, patience_ms: u64) -> Vec<(String, Vec<u32>)> {
+        let missing = self.groups.iter().filter_map(|(name, group)| {
+            let ranks = group.values().map(|worker| worker.register.ranks).max()?;
+            let there = |rank: &u32| {
+                group.get(rank).is_some_and(|worker| worker.is_there(now_ms, patience_ms))
+            };
+            let missing: Vec<u32> = (0..ranks).filter(|rank| !there(rank)).collect();
+            (!missing.is_empty()).then(|| (name.clone(), missing))
+        });
+        missing.collect()
+    }
+}
+
+fn check(register: &Register) -> Result<(), Refusal> {
+    let Register { version, group, rank, ranks, .. } = register;
+    if !(SESSION_VERSION_OLDEST..=SESSION_VERSION).contains(version) {
+        return Err(Refusal::Version { got: *version });
+    }
+    let value = |what, got: String, expected: String| Err(Refusal::Value { what, got, expected });
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if group.is_empty() || group.len() > NAME_BYTES_MAX || !group.chars().all(plain) {
+        let got = group.chars().take(NAME_BYTES_MAX).collect();
+        let expected = format!("1 to {NAME_BYTES_MAX} letters, digits, '-', '_' and '.'");
+        return value("the group's name", got, expected);
+    }
+    if !(1..=RANKS_MAX).contains(ranks) {
+        return value("ranks", ranks.to_string(), format!("1 to {RANKS_MAX}"));
+    }
+    if rank >= ranks {
+        return value("rank", rank.to_string(), format!("0 to {}", ranks - 1));
+    }
+    if register.model.layers.is_empty() {
+        return value("the number of layers", "0".to_owned(), "at least 1".to_owned());
+    }
+    Ok(())
+}
+
+fn check_same(new: &Register, known: &Register) -> Result<(), Refusal> {
+    let facts = |register: &Register| {
+        let Register { ranks, model, slots_per_rank, .. } = register;
+        [
+            ("ranks", ranks.to_string()),
+            ("the model's digest", model.digest.clone()),
+            ("slots a rank", slots_per_rank.to_string()),
+        ]
+    };
+    for ((what, got), (_, expected)) in facts(new).into_iter().zip(facts(known)) {
+        if got != expected {
+            let group = known.group.clone();
+            return Err(Refusal::Differs { group, what, got, expected });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use protocol::message::{ActFormat, ServedLayer};
+    use protocol::session::ModelInfo;
+
+    use super::*;
+
+    const PATIENCE: u64 = 3_000;
+
+    type Change = fn(&mut Register);
+
+    pub(crate) fn register(rank: u32, incarnation: u64) -> Register {
+        let (experts, top_k, hidden, intermediate) = (32, 4, 256, 192);
+        let layer = ServedLayer { number: 0, experts, top_k, hidden, intermediate };
+        Register {
+            version: SESSION_VERSION,
+            group: "g".to_owned(),
+            rank,
+            ranks: 2,
+            incarnation,
+            pid: 7,
+            host: "h".to_owned(),
+            socket: "/s".to_owned(),
+            device: "cpu".to_owned(),
+            model: ModelInfo {
+                name: "m".to_owned(),
+                digest: "d".to_owned(),
+                act: vec![ActFormat::Bf16],
+                layers: vec![layer],
+                unserved: Vec::new(),
+            },
+            slots_per_rank: 16,
+            max_tokens: 64,
+        }
+    }
+
+    #[test]
+    fn a_later_process_takes_the_place_of_an_earlier_one_and_not_the_reverse() {
+        let mut fleet = Fleet::default();
+        let old = fleet.admit(&register(0, 10), 0, PATIENCE).unwrap();
+        let new = fleet.admit(&register(0, 20), 1, PATIENCE).unwrap();
+        let beat = Heartbeat { engine: Default::default(), calls: 3, refused: 0 };
+        assert!(!fleet.hear(&register(0, 10), old.session, 2, beat), "the old one is not heard");
+        assert!(fleet.hear(&register(0, 20), new.session, 2, beat));
+        assert_eq!(fleet.leave(&register(0, 10), old.session), None);
+        let refused = fleet.admit(&register(0, 15), 3, PATIENCE).unwrap_err();
+        assert_eq!(refused.to_string(), "rank 0 of the group g is connected with a later start");
+        // Unless that one has gone silent, or left.
+        fleet.admit(&register(0, 15), 2 + PATIENCE + 1, PATIENCE).unwrap();
+    }
+
+    #[test]
+    fn ranks_that_do_not_fit_are_refused_with_both_values() {
+        let mut fleet = Fleet::default();
+        fleet.admit(&register(0, 1), 0, PATIENCE).unwrap();
+        let refusal = |change: Change, fleet: &mut Fleet| {
+            let mut other = register(1, 1);
+            change(&mut other);
+            fleet.admit(&other, 0, PATIENCE).unwrap_err().to_string()
+        };
+        let cases: [(Change, &str); 7] = [
+            (|r| r.version = 9, "session version is 9, expected 1 to 1"),
+            (|r| r.group = "a/b".to_owned(), "the group's name is a/b, expected 1 to 64 letters"),
+            (|r| r.ranks = 0, "ranks is 0, expected 1 to 1024"),
+            (|r| r.rank = 2, "rank is 2, expected 0 to 1"),
+            (|r| r.model.digest = "e".to_owned(), "the model's digest is e, the group g has d"),
+            (|r| r.slots_per_rank = 17, "slots a rank is 17, the group g has 16"),
+            (|r| r.model.layers.clear(), "the number of layers is 0, expected at least 1"),
+        ];
+        for (change, expected) in cases {
+            let said = refusal(change, &mut fleet);
+            assert!(said.starts_with(expected), "{said:?} is not {expected:?}");
+        }
+        // A group that has gone may come back as another.
+        let mut other = register(1, 1);
+        other.model.digest = "e".to_owned();
+        fleet.admit(&other, PATIENCE + 1, PATIENCE).unwrap();
+        assert_eq!(fleet.groups["g"].keys().copied().collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn missing_ranks_are_those_that_left_went_silent_or_never_came() {
+        let mut fleet = Fleet::default();
+        assert_eq!(fleet.missing(0, PATIENCE), []);
+        let zero = fleet.admit(&register(0, 1), 0, PATIENCE).unwrap();
+        assert_eq!(fleet.missing(0, PATIENCE), [("g".to_owned(), vec![0, 1])], "not kept yet");
+        fleet.keep(&register(0, 1), zero.session);
+        assert_eq!(fleet.missing(0, PATIENCE), [("g".to_owned(), vec![1])]);
+        let one = fleet.admit(&register(1, 1), 0, PATIENCE).unwrap();
+        fleet.keep(&register(1, 1), one.session);
+        assert_eq!(fleet.missing(PATIENCE, PATIENCE), []);
+        assert_eq!(fleet.missing(PATIENCE + 1, PATIENCE), [("g".to_owned(), vec![0, 1])]);
+        assert_eq!(fleet.leave(&register(0, 1), zero.session), Some(0));
+        assert_eq!(fleet.missing(0, PATIENCE), [("g".to_owned(), vec![0])]);
+    }
+}

@@ -1,0 +1,29 @@
+//! Every limit of the control plane, and why it is what it is.
+
+/// Where control listens unless configured.
+pub const LISTEN_DEFAULT: &str = "127.0.0.1:7410";
+
+/// Time between a worker's heartbeats unless configured: operators see a change within seconds, and a
+/// fleet of 1,000 workers costs 1,000 small messages a second.
+pub const HEARTBEAT_MS_DEFAULT: u64 = 1_000;
+
+/// Heartbeats that may fail to come before a worker counts as lost: one may be late on a busy host.
+pub const HEARTBEATS_MISSED_MAX: u64 = 3;
+
+/// Longest wait for a worker's first message.
+pub const REGISTER_SECONDS_MAX: u64 = 10;
+
+/// Bytes of a message: a registration of 4,096 layers has about a megabyte.
+pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
+
+/// Ranks of a group. Beyond one host a group may have hundreds.
+pub const RANKS_MAX: u32 = 1_024;
+
+/// Letters of a group's name.
+pub const NAME_BYTES_MAX: usize = 64;
+
+/// Items of a page of an answer, unless asked for fewer.
+pub const PAGE_DEFAULT: usize = 100;
+
+/// Most items of a page.
+pub const PAGE_MAX: usize = 500;

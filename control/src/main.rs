@@ -1,0 +1,108 @@
+//! `moeplane-control`: the command line of the control plane.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stderr, reason = "commands answer on the terminal")]
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use control::Server;
+use control::config::{Config, ConfigError, Settings};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Exit code of a configuration that cannot be used (sysexits' EX_USAGE).
+const BAD_CONFIG: u8 = 64;
+
+#[derive(Parser)]
+#[command(name = "moeplane-control", version, about = "Sees every worker, and says what it sees")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serves until SIGTERM or SIGINT.
+    Serve(Options),
+    /// Prints the configuration with every default filled in.
+    Check(Options),
+    /// Prints the OpenAPI document of the API.
+    Openapi,
+}
+
+/// Each takes the place of a value of the file.
+#[derive(clap::Args)]
+struct Options {
+    /// The configuration, TOML.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Folder of what control keeps.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Where control listens, HOST:PORT; port 0 takes a free one, written to DATA/address.
+    #[arg(long)]
+    listen: Option<String>,
+    /// Milliseconds between a worker's heartbeats.
+    #[arg(long)]
+    heartbeat_ms: Option<u64>,
+    /// What is logged, such as info or control=debug.
+    #[arg(long)]
+    log: Option<String>,
+}
+
+impl Options {
+    fn config(self) -> Result<Config, ConfigError> {
+        let Self { config, data, listen, heartbeat_ms, log } = self;
+        let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
+        Settings { data, listen, heartbeat_ms, log }.over(file)
+    }
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Command::Openapi => print_document(),
+        Command::Check(options) => options.config().map_err(Into::into).and_then(print_config),
+        Command::Serve(options) => options.config().map_err(Into::into).and_then(serve),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if error.is::<ConfigError>() { BAD_CONFIG } else { 1 })
+        }
+    }
+}
+
+fn print_document() -> anyhow::Result<()> {
+    Ok(io::stdout().write_all(control::document()?.as_bytes())?)
+}
+
+fn print_config(config: Config) -> anyhow::Result<()> {
+    Ok(io::stdout().write_all(toml::to_string(&config)?.as_bytes())?)
+}
+
+fn serve(config: Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log).map_err(|_unclear| ConfigError::Value {
+        key: "log",
+        value: config.log.clone(),
+        expected: "a filter such as info",
+    })?;
+    let ansi = io::IsTerminal::is_terminal(&io::stderr());
+    let lines = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter);
+    lines.with_ansi(ansi).init();
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run(config))
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let [mut term, mut int] = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let server = Server::start(config).await?;
+    let end = async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    };
+    Ok(server.serve(end).await?)
+}

@@ -1,0 +1,142 @@
+//! From a configuration to a control plane that answers, and to its orderly end.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::api;
+use crate::config::Config;
+use crate::fleet::Fleet;
+use crate::state::State;
+use crate::store::{Store, StoreError};
+
+/// Names in the data folder.
+const DATABASE: &str = "control.sqlite";
+const CREDENTIAL: &str = "worker-credential";
+const ADDRESS: &str = "address";
+
+/// Random bytes of a credential.
+const CREDENTIAL_BYTES: usize = 32;
+
+/// Why control does not start, or ends.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A file or folder.
+    #[error("cannot {action} {}", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The address.
+    #[error("cannot listen at {address}")]
+    Listen {
+        /// It.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The server.
+    #[error("the server failed")]
+    Serve(#[source] io::Error),
+}
+
+/// A control plane that listens.
+#[derive(Debug)]
+pub struct Server {
+    state: Arc<State>,
+    listener: TcpListener,
+    stop: watch::Sender<bool>,
+    address: PathBuf,
+}
+
+impl Server {
+    /// Opens the database, remembers the workers, and listens. The address is written to the data
+    /// folder once it can be connected to.
+    ///
+    /// # Errors
+    /// See [`ServeError`].
+    pub async fn start(config: Config) -> Result<Self, ServeError> {
+        let data = config.data.clone();
+        fs::create_dir_all(&data).map_err(failed("make", &data))?;
+        let credential = credential(&data.join(CREDENTIAL))?;
+        let store = Store::open(&data.join(DATABASE)).await?;
+        let mut fleet = Fleet::default();
+        for worker in store.workers().await? {
+            fleet.remember(worker.register, (worker.first_seen_ms, worker.last_seen_ms));
+        }
+        let listen = config.listen;
+        let refused = |source| ServeError::Listen { address: listen, source };
+        let listener = TcpListener::bind(listen).await.map_err(refused)?;
+        let bound = listener.local_addr().map_err(refused)?;
+        let (stop, stopped) = watch::channel(false);
+        let state = Arc::new(State::new(config, store, credential, stopped, fleet));
+        let address = data.join(ADDRESS);
+        // Whole or not at all: somebody may be waiting for it.
+        let beside = data.join(format!("{ADDRESS}.new"));
+        fs::write(&beside, format!("{bound}\n")).map_err(failed("write", &beside))?;
+        fs::rename(&beside, &address).map_err(failed("write", &address))?;
+        tracing::info!(address = %bound, data = %data.display(), "ready");
+        Ok(Self { state, listener, stop, address })
+    }
+
+    /// Answers until `end` completes; requests that have begun are answered first.
+    ///
+    /// # Errors
+    /// [`ServeError::Serve`].
+    pub async fn serve(
+        self,
+        end: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), ServeError> {
+        let Self { state, listener, stop, address } = self;
+        let ended = async move {
+            end.await;
+            // Sessions end by themselves then, which the server waits for.
+            stop.send_replace(true);
+        };
+        let router = api::router(Arc::clone(&state));
+        let served = axum::serve(listener, router).with_graceful_shutdown(ended).await;
+        state.store.close().await;
+        fs::remove_file(&address).map_err(failed("remove", &address))?;
+        tracing::info!("stopped");
+        served.map_err(ServeError::Serve)
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ServeError {
+    let path = path.to_owned();
+    move |source| ServeError::File { action, path, source }
+}
+
+/// The digest of the workers' credential, which is made at the first start.
+fn credential(path: &Path) -> Result<[u8; 32], ServeError> {
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    match made {
+        Ok(mut file) => {
+            let mut bytes = [0; CREDENTIAL_BYTES];
+            let random = fs::File::open("/dev/urandom").and_then(|mut r| r.read_exact(&mut bytes));
+            random.map_err(failed("read", Path::new("/dev/urandom")))?;
+            let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            writeln!(file, "{text}").map_err(failed("write", path))?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(failed("make", path)(error)),
+    }
+    let text = fs::read_to_string(path).map_err(failed("read", path))?;
+    Ok(Sha256::digest(text.trim().as_bytes()).into())
+}

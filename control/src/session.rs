@@ -1,0 +1,124 @@
+//! One worker's WebSocket: it registers, then says how it is, until one side leaves. Whom to let in is
+//! decided in `fleet`.
+
+use std::time::Duration;
+
+use axum::extract::ws::{Message, WebSocket};
+use protocol::session::{FromControl, FromWorker, Register, SESSION_VERSION};
+
+use crate::fleet::{Admitted, Refusal};
+use crate::limits::REGISTER_SECONDS_MAX;
+use crate::state::{Shared, now_ms};
+use crate::store::StoreError;
+
+/// Why a session ended other than by the worker's leave.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("the connection failed")]
+    Socket(#[from] axum::Error),
+    #[error("a message is not understood: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("what was said could not be stored")]
+    Store(#[from] StoreError),
+    #[error("{got} came, expected {expected}")]
+    Order { got: &'static str, expected: &'static str },
+    #[error("nothing was heard for {patience_ms} ms")]
+    Silent { patience_ms: u64 },
+    #[error("a later process of this rank has registered")]
+    Replaced,
+}
+
+/// Runs the session to its end.
+pub(crate) async fn run(state: Shared, mut socket: WebSocket) {
+    let Err(ended) = greet(&state, &mut socket).await else { return };
+    tracing::warn!(error = &ended as &dyn std::error::Error, "a session ended");
+    let reason = ended.to_string();
+    if let Err(error) = say(&mut socket, &FromControl::Refused { reason }).await {
+        tracing::debug!(%error, "the reason could not be told");
+    }
+}
+
+async fn greet(state: &Shared, socket: &mut WebSocket) -> Result<(), Ended> {
+    let expected = "a registration";
+    let patience = Duration::from_secs(REGISTER_SECONDS_MAX);
+    let register = match tokio::time::timeout(patience, hear(socket)).await {
+        Ok(message) => match message? {
+            Some(FromWorker::Register(register)) => register,
+            Some(FromWorker::Heartbeat(_)) => {
+                return Err(Ended::Order { got: "a heartbeat", expected });
+            }
+            None => return Ok(()),
+        },
+        Err(_elapsed) => return Err(Ended::Order { got: "nothing", expected }),
+    };
+    let now = now_ms();
+    let admitted = state.fleet().admit(&register, now, state.patience_ms())?;
+    let kept = state.store.keep_worker(&register, now).await;
+    let (group, rank) = (&register.group, register.rank);
+    tracing::info!(group, rank, pid = register.pid, host = register.host, "a worker registered");
+    let ended = match kept {
+        Ok(()) => {
+            state.fleet().keep(&register, admitted.session);
+            serve(state, socket, &register, &admitted).await
+        }
+        Err(error) => Err(error.into()),
+    };
+    let left = state.fleet().leave(&register, admitted.session);
+    if let Some(last_seen_ms) = left {
+        tracing::info!(group, rank, "a worker left");
+        state.store.saw_worker(&register, last_seen_ms).await?;
+    }
+    ended
+}
+
+async fn serve(
+    state: &Shared,
+    socket: &mut WebSocket,
+    register: &Register,
+    admitted: &Admitted,
+) -> Result<(), Ended> {
+    let heartbeat_ms = state.config.heartbeat_ms;
+    say(socket, &FromControl::Welcome { version: SESSION_VERSION, heartbeat_ms }).await?;
+    let patience_ms = state.patience_ms();
+    let mut stop = state.stop.clone();
+    loop {
+        let silent = tokio::time::sleep(Duration::from_millis(patience_ms));
+        tokio::select! {
+            message = hear(socket) => match message? {
+                Some(FromWorker::Heartbeat(beat)) => {
+                    if !state.fleet().hear(register, admitted.session, now_ms(), beat) {
+                        return Err(Ended::Replaced);
+                    }
+                }
+                Some(FromWorker::Register(_)) => {
+                    return Err(Ended::Order { got: "a registration", expected: "a heartbeat" });
+                }
+                None => return Ok(()),
+            },
+            () = admitted.replaced.notified() => return Err(Ended::Replaced),
+            () = silent => return Err(Ended::Silent { patience_ms }),
+            // An error is the end of the sender: control ends.
+            _ = stop.wait_for(|stop| *stop) => return Ok(()),
+        }
+    }
+}
+
+async fn say(socket: &mut WebSocket, message: &FromControl) -> Result<(), Ended> {
+    Ok(socket.send(Message::Text(serde_json::to_string(message)?.into())).await?)
+}
+
+/// The next message; none when the worker has left.
+async fn hear(socket: &mut WebSocket) -> Result<Option<FromWorker>, Ended> {
+    loop {
+        match socket.recv().await.transpose()? {
+            Some(Message::Text(text)) => return Ok(Some(serde_json::from_str(&text)?)),
+            Some(Message::Ping(_) | Message::Pong(_)) => {}
+            Some(Message::Binary(_)) => {
+                return Err(Ended::Order { got: "a binary frame", expected: "JSON text" });
+            }
+            Some(Message::Close(_)) | None => return Ok(None),
+        }
+    }
+}

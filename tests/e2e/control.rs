@@ -1,0 +1,188 @@
+//! The control plane with real workers: what it sees, what it remembers, and that nobody waits for it.
+
+use std::fs;
+
+use protocol::message::Phase;
+use reference::compare::Comparison;
+use rustix::process::Signal;
+use serde_json::Value;
+use tests::call::through;
+use tests::case::Case;
+use tests::control_process::Control;
+use tests::group::{Group, Spec, call_all, uneven};
+use tests::worker_process::{Worker, until};
+
+use crate::{BF16, assert_says, data, skewed};
+
+fn group(control: &Control, ranks: u32) -> Group {
+    Group::start(&skewed(), &Spec { ranks, placement: None, options: control.options() }).unwrap()
+}
+
+fn ready(control: &Control) -> u16 {
+    control.get("/readyz").unwrap().0
+}
+
+/// Waits until `/readyz` answers with `status`.
+#[track_caller]
+fn until_ready_is(control: &Control, status: u16) {
+    until("another /readyz", || Ok((ready(control) == status).then_some(()))).unwrap();
+}
+
+/// Waits until so many workers are connected.
+#[track_caller]
+fn until_connected(control: &Control, count: usize) -> Vec<Value> {
+    until("connected workers", || {
+        let (_, page) = control.get("/api/v1/workers")?;
+        let workers = page["items"].as_array().cloned().unwrap_or_default();
+        let connected = workers.iter().filter(|worker| worker["state"] == "connected").count();
+        Ok((connected == count).then_some(workers))
+    })
+    .unwrap()
+}
+
+/// Waits until `condition` holds for every worker.
+#[track_caller]
+fn until_all(control: &Control, condition: impl Fn(&Value) -> bool) {
+    until("all workers to be so", || {
+        let (_, page) = control.get("/api/v1/workers")?;
+        Ok(page["items"].as_array().is_some_and(|all| all.iter().all(&condition)).then_some(()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn workers_are_seen_with_what_they_are() {
+    let control = Control::start().unwrap();
+    assert_eq!(control.get("/healthz").unwrap().0, 200);
+    let group = group(&control, 3);
+    let workers = until_connected(&control, 3);
+    for (rank, worker) in workers.iter().enumerate() {
+        assert_eq!((&worker["group"], worker["rank"].as_u64()), (&"g".into(), Some(rank as u64)));
+        assert_eq!(worker["pid"].as_u64(), Some(group.workers[rank].pid().into()));
+        assert_eq!(worker["model"], "skewed_e16_k4_h256_i64_t300");
+        assert_eq!(worker["act"], serde_json::json!(["bf16", "nvfp4"]));
+        assert_eq!((&worker["ranks"], &worker["slots_per_rank"]), (&3.into(), &6.into()));
+        assert_says(worker["device"].as_str().unwrap(), &["cpu, "]);
+    }
+    let (_, groups) = control.get("/api/v1/groups").unwrap();
+    assert_eq!(groups[0]["missing"], serde_json::json!([]));
+    // Calls and engines show with a heartbeat.
+    let mut engines = group.engines(BF16, 4).unwrap();
+    let inputs = Case::open(&skewed()).unwrap().inputs.rows(0..4);
+    call_all(&mut engines, 0, &inputs, &uneven(4, 3)).unwrap();
+    until_all(&control, |worker| worker["engine"] == "attached" && worker["calls"] == 1);
+    // Page by page.
+    let (_, first) = control.get("/api/v1/workers?limit=2").unwrap();
+    assert_eq!((first["items"].as_array().unwrap().len(), &first["next"]), (2, &"g:1".into()));
+    let (_, second) = control.get("/api/v1/workers?limit=2&cursor=g:1").unwrap();
+    assert_eq!((&second["items"][0]["rank"], &second["next"]), (&2.into(), &Value::Null));
+}
+
+#[test]
+fn layers_that_are_not_served_are_shown_with_the_reason() {
+    let control = Control::start().unwrap();
+    let options = control.options();
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let _worker = Worker::start(&data("field/pass/layer_left_bf16"), &options).unwrap();
+    until_connected(&control, 1);
+    let (status, layers) = control.get("/api/v1/groups/layer_left_bf16/layers").unwrap();
+    assert_eq!(
+        (status, &layers[0]["served"], &layers[1]["served"]),
+        (200, &true.into(), &false.into())
+    );
+    assert_eq!(layers[0]["shape"]["experts"], 4);
+    assert_says(layers[1]["reason"].as_str().unwrap(), &["its experts are BF16, not NVFP4"]);
+}
+
+/// D30: readiness goes down when a rank dies, names it, and comes back by itself.
+#[test]
+fn a_lost_rank_is_named_until_it_is_back() {
+    let control = Control::start().unwrap();
+    let mut group = group(&control, 2);
+    until_connected(&control, 2);
+    assert_eq!(ready(&control), 200);
+    group.workers[1].signal(Signal::KILL).unwrap();
+    group.workers[1].wait().unwrap();
+    until_ready_is(&control, 503);
+    let (_, problem) = control.get("/readyz").unwrap();
+    assert_says(problem["title"].as_str().unwrap(), &["group g lacks ranks [1]"]);
+    let (_, lost) = control.get("/api/v1/workers/g/1").unwrap();
+    assert_eq!(lost["state"], "lost");
+    // Control itself is well.
+    assert_eq!(control.get("/healthz").unwrap().0, 200);
+    group.restart(1).unwrap();
+    until_ready_is(&control, 200);
+}
+
+/// A worker that is stopped has a connection and says nothing.
+#[test]
+fn a_rank_that_goes_silent_is_lost_too() {
+    let control = Control::start().unwrap();
+    let group = group(&control, 2);
+    until_connected(&control, 2);
+    group.workers[0].signal(Signal::STOP).unwrap();
+    until_ready_is(&control, 503);
+    group.workers[0].signal(Signal::CONT).unwrap();
+    until_ready_is(&control, 200);
+}
+
+#[test]
+fn calls_go_on_without_control_which_comes_back_with_all_it_knew() {
+    let mut control = Control::start().unwrap();
+    let group = group(&control, 2);
+    let before = until_connected(&control, 2);
+    control.signal(Signal::KILL).unwrap();
+    control.wait().unwrap();
+    let case = Case::open(&skewed()).unwrap();
+    let mut engines = group.engines(BF16, 300).unwrap();
+    let output = call_all(&mut engines, 0, &case.inputs, &uneven(300, 2)).unwrap();
+    let comparison = Comparison::new(&output, &case.expected(BF16).unwrap());
+    assert!(comparison.passes(BF16), "{comparison}");
+    control.restart().unwrap();
+    // Known at once, before anybody has dialled.
+    let (_, known) = control.get("/api/v1/workers").unwrap();
+    let first_seen = |worker: &Value| worker["first_seen_ms"].as_u64().unwrap();
+    let known: Vec<u64> = known["items"].as_array().unwrap().iter().map(first_seen).collect();
+    assert_eq!(known, before.iter().map(first_seen).collect::<Vec<_>>());
+    // With the first heartbeat, the calls that were made meanwhile.
+    until_all(&control, |worker| worker["state"] == "connected" && worker["calls"] == 1);
+    // And an orderly end: nobody holds it up.
+    control.signal(Signal::TERM).unwrap();
+    assert!(control.wait().unwrap().success(), "{}", control.log());
+    assert!(!control.data().join("address").exists());
+}
+
+#[test]
+fn a_worker_with_another_credential_or_model_is_refused_and_serves_on() {
+    let control = Control::start().unwrap();
+    let mut options = control.options();
+    let other = control.data().join("other");
+    fs::write(&other, "of nobody").unwrap();
+    options[3] = other.display().to_string();
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let worker = Worker::start(&skewed(), &options).unwrap();
+    until("a refusal in the log", || Ok(worker.log().contains("401").then_some(()))).unwrap();
+    assert_eq!(control.get("/api/v1/workers").unwrap().1["items"], serde_json::json!([]));
+    let inputs = Case::open(&skewed()).unwrap().inputs.rows(0..4);
+    let mut engine = worker.engine(BF16, 4).unwrap();
+    through(&mut engine, 0, Phase::Decode, &inputs).unwrap();
+}
+
+#[test]
+fn bad_requests_are_problems_that_name_the_value() {
+    let control = Control::start().unwrap();
+    for (path, status, code, title) in [
+        ("/api/v1/workers/g/7", 404, "not_found", "there is no worker g/7"),
+        ("/api/v1/workers/g/x", 400, "path", "x"),
+        ("/api/v1/workers?limit=0", 400, "value", "limit is 0, expected 1 to 500"),
+        ("/api/v1/workers?limit=many", 400, "query", "limit"),
+        ("/api/v1/workers?cursor=here", 400, "value", "cursor is here, expected `next`"),
+        ("/api/v1/groups/none/layers", 404, "not_found", "there is no group none"),
+        ("/nowhere", 404, "not_found", "there is no path /nowhere"),
+        ("/api/v1/session", 401, "credential", "credential"),
+    ] {
+        let (got, problem) = control.get(path).unwrap();
+        assert_eq!((got, &problem["code"]), (status, &code.into()), "{path} {problem}");
+        assert_says(problem["title"].as_str().unwrap(), &[title]);
+    }
+}

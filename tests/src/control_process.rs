@@ -1,0 +1,119 @@
+//! The control plane as a child process: ready when its address can be read, ended when dropped.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::worker_process::{program, until};
+
+/// A running control plane.
+#[derive(Debug)]
+pub struct Control {
+    child: Child,
+    address: String,
+    /// Its data folder, and the log.
+    folder: TempDir,
+}
+
+impl Control {
+    /// Starts control on an empty folder and waits until it listens.
+    pub fn start() -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("moe-control").tempdir()?;
+        let child = Self::child(folder.path(), "127.0.0.1:0")?;
+        let mut control = Self { child, address: String::new(), folder };
+        control.ready()?;
+        Ok(control)
+    }
+
+    /// Starts another process on the same folder at the same address, after the first has ended.
+    pub fn restart(&mut self) -> Result<()> {
+        // A process that was killed leaves the file.
+        match fs::remove_file(self.data().join("address")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        self.child = Self::child(self.folder.path(), &self.address)?;
+        self.ready()
+    }
+
+    fn child(folder: &Path, listen: &str) -> Result<Child> {
+        Command::new(program("moeplane-control")?)
+            .args(["serve", "--heartbeat-ms", "200", "--listen", listen, "--data"])
+            .arg(folder.join("data"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::options().create(true).append(true).open(folder.join("log"))?)
+            .spawn()
+            .context("control did not start")
+    }
+
+    fn ready(&mut self) -> Result<()> {
+        let path = self.data().join("address");
+        let address = until("the address of control", || {
+            if self.child.try_wait()?.is_some() {
+                bail!("control ended: {}", self.log().trim_end());
+            }
+            Ok(fs::read_to_string(&path).ok())
+        })?;
+        address.trim().clone_into(&mut self.address);
+        Ok(())
+    }
+
+    /// Its data folder.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// What it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// Options by which a worker finds it.
+    #[must_use]
+    pub fn options(&self) -> Vec<String> {
+        let credential = self.data().join("worker-credential").display().to_string();
+        let url = format!("ws://{}", self.address);
+        ["--control", &url, "--credential", &credential].map(str::to_owned).to_vec()
+    }
+
+    /// Status and body of a GET; null for a body that is no JSON.
+    pub fn get(&self, path: &str) -> Result<(u16, Value)> {
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(30)))
+            .build();
+        let agent = ureq::Agent::new_with_config(config);
+        let mut response = agent.get(format!("http://{}{path}", self.address)).call()?;
+        let status = response.status().as_u16();
+        let text = response.body_mut().read_to_string()?;
+        Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        Ok(kill_process(pid.context("no such process")?, signal)?)
+    }
+
+    /// Waits for the process to end.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        until("the end of control", || Ok(self.child.try_wait()?))
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // There is nobody to report a failure to: it may have ended already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}

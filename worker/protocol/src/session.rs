@@ -1,0 +1,122 @@
+//! What a worker and the control plane say to each other: JSON text frames of a WebSocket, which the
+//! worker dials at [`SESSION_PATH`] with its credential as a bearer token. Unknown members are ignored,
+//! so that neighbouring versions understand each other.
+//!
+//! ```text
+//! worker                              control
+//!   Register                   ->
+//!                              <-     Welcome, or Refused and the end
+//!   Heartbeat, again and again ->
+//! ```
+//!
+//! A worker serves whether or not control is there.
+
+use serde::{Deserialize, Serialize};
+
+use crate::message::{ActFormat, ServedLayer, UnservedLayer};
+
+/// Version of these messages.
+pub const SESSION_VERSION: u32 = 1;
+
+/// The oldest version that control accepts: the one before its own, once there is one.
+pub const SESSION_VERSION_OLDEST: u32 = 1;
+
+/// Path of the session on control's address.
+pub const SESSION_PATH: &str = "/api/v1/session";
+
+/// What a worker says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromWorker {
+    /// First, once.
+    Register(Box<Register>),
+    /// The worker lives, and how it is.
+    Heartbeat(Heartbeat),
+}
+
+/// What control says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromControl {
+    /// The session stands.
+    Welcome {
+        /// Control's version.
+        version: u32,
+        /// Milliseconds between heartbeats.
+        heartbeat_ms: u64,
+    },
+    /// It does not; the worker says why in its log and tries again later.
+    Refused {
+        /// Names the value, and what was expected.
+        reason: String,
+    },
+}
+
+/// Who a worker is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Register {
+    /// The worker's [`SESSION_VERSION`].
+    pub version: u32,
+    /// Name of its group; a worker that is alone is a group of one.
+    pub group: String,
+    /// Its rank.
+    pub rank: u32,
+    /// Ranks of the group.
+    pub ranks: u32,
+    /// When the process started, in milliseconds since 1970: a later process of a rank takes the
+    /// place of an earlier one.
+    pub incarnation: u64,
+    /// Number of the process.
+    pub pid: u32,
+    /// Name of its host.
+    pub host: String,
+    /// Path of the socket for engines.
+    pub socket: String,
+    /// The device, in words.
+    pub device: String,
+    /// What it serves.
+    pub model: ModelInfo,
+    /// Slots of the rank in the layer that has most.
+    pub slots_per_rank: u32,
+    /// Most tokens of a call.
+    pub max_tokens: u32,
+}
+
+/// What a worker serves: the same on all ranks of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// Last component of the checkpoint's path.
+    pub name: String,
+    /// Of shapes, scales, and a sample of every tensor.
+    pub digest: String,
+    /// Activation formats that engines may attach for.
+    pub act: Vec<ActFormat>,
+    /// Layers that are served, ascending.
+    pub layers: Vec<ServedLayer>,
+    /// The model's other layers, ascending.
+    pub unserved: Vec<UnservedLayer>,
+}
+
+/// A sign of life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// The rank's engine.
+    pub engine: EngineState,
+    /// Calls that were answered since the start.
+    pub calls: u64,
+    /// Calls that were refused or given up since the start.
+    pub refused: u64,
+}
+
+/// Whether a rank has an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineState {
+    /// None.
+    #[default]
+    Absent,
+    /// One that has said that it does not call.
+    Idle,
+    /// One that calls.
+    Attached,
+}

@@ -1,0 +1,183 @@
+//! The session with control: a thread of its own, so that nothing of it is on the way of a call. It
+//! dials, registers, and says how the rank is; when control is away it tries again.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use protocol::session::{FromControl, FromWorker, Register, SESSION_PATH};
+use tungstenite::client::IntoClientRequest;
+use tungstenite::http::header::{AUTHORIZATION, HeaderValue, InvalidHeaderValue};
+use tungstenite::{HandshakeError, Message, WebSocket};
+
+use crate::config::ControlConfig;
+use crate::limits::{CONTROL_PATIENCE, CONTROL_TICK, RECONNECT};
+use crate::pulse::Pulse;
+
+/// Ends the session when dropped.
+#[derive(Debug)]
+pub(crate) struct Uplink {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Why there is no session.
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error("the credential in {} cannot be read", path.display())]
+    Credential { path: PathBuf, source: io::Error },
+    #[error("the credential is no header")]
+    Header(#[from] InvalidHeaderValue),
+    #[error("{url} has no address")]
+    Address { url: String },
+    #[error("no connection")]
+    Connect(#[from] io::Error),
+    #[error("the connection failed")]
+    Socket(#[from] tungstenite::Error),
+    #[error("control answered nothing in {} s", CONTROL_PATIENCE.as_secs())]
+    Silent,
+    #[error("control closed the session")]
+    Closed,
+    #[error("control refuses this worker: {reason}")]
+    Refused { reason: String },
+    #[error("control said what is not understood")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Uplink {
+    /// Starts the thread.
+    pub(crate) fn start(
+        config: ControlConfig,
+        register: Register,
+        pulse: Arc<Pulse>,
+    ) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let dialler = Dialler { config, register, pulse, stop: Arc::clone(&stop) };
+        let thread = thread::Builder::new().name("uplink".to_owned()).spawn(|| dialler.run())?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Uplink {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        let Some(thread) = self.thread.take() else { return };
+        thread.thread().unpark();
+        if thread.join().is_err() {
+            tracing::error!("the thread that speaks with control panicked");
+        }
+    }
+}
+
+struct Dialler {
+    config: ControlConfig,
+    register: Register,
+    pulse: Arc<Pulse>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Dialler {
+    fn run(self) {
+        let mut wait = RECONNECT.0;
+        let mut told = false;
+        while !self.stop.load(Ordering::Acquire) {
+            let mut stood = false;
+            match self.session(&mut stood) {
+                Ok(()) => return,
+                // Once for each time that control is away.
+                Err(lost) if stood || !told => {
+                    let error = &lost as &dyn std::error::Error;
+                    tracing::warn!(url = self.config.url, error, "no session with control");
+                    told = true;
+                }
+                Err(lost) => tracing::debug!(%lost, "no session with control"),
+            }
+            wait = if stood { RECONNECT.0 } else { (wait * 2).min(RECONNECT.1) };
+            // Ended early when the worker stops.
+            thread::park_timeout(wait);
+        }
+    }
+
+    /// One session, to its end; sets `stood` once control has welcomed this worker.
+    fn session(&self, stood: &mut bool) -> Result<(), Lost> {
+        let mut socket = self.dial()?;
+        say(&mut socket, &FromWorker::Register(Box::new(self.register.clone())))?;
+        let every = self.welcome(&mut socket)?;
+        *stood = true;
+        tracing::info!(url = self.config.url, "session with control stands");
+        let mut next = Instant::now();
+        while !self.stop.load(Ordering::Acquire) {
+            if Instant::now() >= next {
+                say(&mut socket, &FromWorker::Heartbeat(self.pulse.heartbeat()))?;
+                next = Instant::now() + every;
+            }
+            if let Some(FromControl::Refused { reason }) = hear(&mut socket)? {
+                return Err(Lost::Refused { reason });
+            }
+        }
+        socket.close(None)?;
+        Ok(())
+    }
+
+    fn dial(&self) -> Result<WebSocket<TcpStream>, Lost> {
+        let ControlConfig { url, credential } = &self.config;
+        let address = || Lost::Address { url: url.clone() };
+        let authority = url.strip_prefix("ws://").ok_or_else(address)?.trim_end_matches('/');
+        let path = credential.clone();
+        let token = fs::read_to_string(credential);
+        let token = token.map_err(|source| Lost::Credential { path, source })?;
+        let to = authority.to_socket_addrs()?.next().ok_or_else(address)?;
+        let stream = TcpStream::connect_timeout(&to, CONTROL_PATIENCE)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(CONTROL_PATIENCE))?;
+        stream.set_write_timeout(Some(CONTROL_PATIENCE))?;
+        let mut request = format!("ws://{authority}{SESSION_PATH}").into_client_request()?;
+        let bearer = HeaderValue::from_str(&format!("Bearer {}", token.trim()))?;
+        request.headers_mut().insert(AUTHORIZATION, bearer);
+        let (socket, _) = tungstenite::client(request, stream).map_err(|error| match error {
+            HandshakeError::Failure(error) => Lost::Socket(error),
+            HandshakeError::Interrupted(_) => Lost::Silent,
+        })?;
+        socket.get_ref().set_read_timeout(Some(CONTROL_TICK))?;
+        Ok(socket)
+    }
+
+    /// Time between heartbeats.
+    fn welcome(&self, socket: &mut WebSocket<TcpStream>) -> Result<Duration, Lost> {
+        let began = Instant::now();
+        while began.elapsed() < CONTROL_PATIENCE && !self.stop.load(Ordering::Acquire) {
+            match hear(socket)? {
+                Some(FromControl::Welcome { heartbeat_ms, .. }) => {
+                    return Ok(Duration::from_millis(heartbeat_ms));
+                }
+                Some(FromControl::Refused { reason }) => return Err(Lost::Refused { reason }),
+                None => {}
+            }
+        }
+        Err(Lost::Silent)
+    }
+}
+
+fn say(socket: &mut WebSocket<TcpStream>, message: &FromWorker) -> Result<(), Lost> {
+    Ok(socket.send(Message::text(serde_json::to_string(message)?))?)
+}
+
+/// What control has said, if anything within a tick.
+fn hear(socket: &mut WebSocket<TcpStream>) -> Result<Option<FromControl>, Lost> {
+    match socket.read() {
+        Ok(Message::Text(text)) => Ok(Some(serde_json::from_str(&text)?)),
+        Ok(Message::Close(_)) => Err(Lost::Closed),
+        Ok(_) => Ok(None),
+        Err(tungstenite::Error::Io(error))
+            if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
