@@ -3,6 +3,7 @@
 
 mod error;
 mod views;
+mod windows;
 
 use std::ops::Bound;
 
@@ -39,6 +40,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(worker))
         .routes(routes!(groups))
         .routes(routes!(layers))
+        .routes(routes!(windows::windows))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
 }

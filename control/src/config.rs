@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{HEARTBEAT_MS_DEFAULT, LISTEN_DEFAULT};
+use crate::limits::{
+    HEARTBEAT_MS_DEFAULT, LISTEN_DEFAULT, WINDOW_MS_DEFAULT, WINDOWS_HOURS_DEFAULT,
+};
 
 /// A complete configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -19,6 +21,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Milliseconds between a worker's heartbeats.
     pub heartbeat_ms: u64,
+    /// Milliseconds of a window of load.
+    pub window_ms: u64,
+    /// Hours that windows are kept.
+    pub windows_hours: u64,
     /// What is logged, such as `info` or `control=debug`.
     pub log: String,
 }
@@ -33,6 +39,10 @@ pub struct Settings {
     pub listen: Option<String>,
     /// See [`Config::heartbeat_ms`].
     pub heartbeat_ms: Option<u64>,
+    /// See [`Config::window_ms`].
+    pub window_ms: Option<u64>,
+    /// See [`Config::windows_hours`].
+    pub windows_hours: Option<u64>,
     /// See [`Config::log`].
     pub log: Option<String>,
 }
@@ -109,12 +119,19 @@ impl Settings {
             return Err(wrong(&listen, "an address of loopback: there is no TLS yet"));
         }
         let heartbeat_ms = self.heartbeat_ms.or(file.heartbeat_ms).unwrap_or(HEARTBEAT_MS_DEFAULT);
-        if !(10..=60_000).contains(&heartbeat_ms) {
-            let (key, value) = ("heartbeat_ms", heartbeat_ms.to_string());
-            return Err(ConfigError::Value { key, value, expected: "10 to 60000" });
+        let window_ms = self.window_ms.or(file.window_ms).unwrap_or(WINDOW_MS_DEFAULT);
+        let hours = self.windows_hours.or(file.windows_hours).unwrap_or(WINDOWS_HOURS_DEFAULT);
+        for (key, value, range, expected) in [
+            ("heartbeat_ms", heartbeat_ms, 10..=60_000, "10 to 60000"),
+            ("window_ms", window_ms, 100..=3_600_000, "100 to 3600000"),
+            ("windows_hours", hours, 1..=87_600, "1 to 87600"),
+        ] {
+            if !range.contains(&value) {
+                return Err(ConfigError::Value { key, value: value.to_string(), expected });
+            }
         }
         let log = self.log.or(file.log).unwrap_or_else(|| "info".to_owned());
-        Ok(Config { data, listen: address, heartbeat_ms, log })
+        Ok(Config { data, listen: address, heartbeat_ms, window_ms, windows_hours: hours, log })
     }
 }
 
@@ -132,6 +149,7 @@ mod tests {
                 "listen is 0.0.0.0:1, expected an address of loop",
             ),
             ("data = 'd'\nheartbeat_ms = 9", "heartbeat_ms is 9, expected 10 to 60000"),
+            ("data = 'd'\nwindow_ms = 5", "window_ms is 5, expected 100 to 3600000"),
             ("data = 'd'\nlog_level = 'x'", "unknown field `log_level`"),
         ];
         for (text, expected) in cases {

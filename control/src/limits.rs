@@ -7,6 +7,22 @@ pub const LISTEN_DEFAULT: &str = "127.0.0.1:7410";
 /// fleet of 1,000 workers costs 1,000 small messages a second.
 pub const HEARTBEAT_MS_DEFAULT: u64 = 1_000;
 
+/// Time that one window of load covers, unless configured: policies decide by minutes, operators look by
+/// seconds.
+pub const WINDOW_MS_DEFAULT: u64 = 10_000;
+
+/// How long windows are kept, unless configured: a week shows every daily and weekly pattern.
+pub const WINDOWS_HOURS_DEFAULT: u64 = 168;
+
+/// How often what is too old is forgotten.
+pub const FORGET_SECONDS: u64 = 600;
+
+/// Rows of windows that one request looks at: 61 layers of 64 ranks in two phases, twice.
+pub const WINDOW_ROWS_MAX: u32 = 16_384;
+
+/// Largest count of a window: the sum of a thousand such is still exact in JSON readers.
+pub const COUNT_MAX: u64 = 1 << 43;
+
 /// Heartbeats that may fail to come before a worker counts as lost: one may be late on a busy host.
 pub const HEARTBEATS_MISSED_MAX: u64 = 3;
 

@@ -47,6 +47,12 @@ struct Options {
     /// Milliseconds between a worker's heartbeats.
     #[arg(long)]
     heartbeat_ms: Option<u64>,
+    /// Milliseconds of a window of load.
+    #[arg(long)]
+    window_ms: Option<u64>,
+    /// Hours that windows are kept.
+    #[arg(long)]
+    windows_hours: Option<u64>,
     /// What is logged, such as info or control=debug.
     #[arg(long)]
     log: Option<String>,
@@ -54,9 +60,9 @@ struct Options {
 
 impl Options {
     fn config(self) -> Result<Config, ConfigError> {
-        let Self { config, data, listen, heartbeat_ms, log } = self;
+        let Self { config, data, listen, heartbeat_ms, window_ms, windows_hours, log } = self;
         let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
-        Settings { data, listen, heartbeat_ms, log }.over(file)
+        Settings { data, listen, heartbeat_ms, window_ms, windows_hours, log }.over(file)
     }
 }
 

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
@@ -14,7 +15,8 @@ use tokio::sync::watch;
 use crate::api;
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::state::State;
+use crate::limits::FORGET_SECONDS;
+use crate::state::{State, now_ms};
 use crate::store::{Store, StoreError};
 
 /// Names in the data folder.
@@ -104,6 +106,7 @@ impl Server {
         end: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), ServeError> {
         let Self { state, listener, stop, address } = self;
+        let forgetting = tokio::spawn(forget(Arc::clone(&state)));
         let ended = async move {
             end.await;
             // Sessions end by themselves then, which the server waits for.
@@ -111,10 +114,26 @@ impl Server {
         };
         let router = api::router(Arc::clone(&state));
         let served = axum::serve(listener, router).with_graceful_shutdown(ended).await;
+        forgetting.abort();
         state.store.close().await;
         fs::remove_file(&address).map_err(failed("remove", &address))?;
         tracing::info!("stopped");
         served.map_err(ServeError::Serve)
+    }
+}
+
+/// Forgets windows that are too old, again and again.
+async fn forget(state: Arc<State>) {
+    let keep_ms = state.config.windows_hours * 3_600_000;
+    let mut time = tokio::time::interval(Duration::from_secs(FORGET_SECONDS));
+    loop {
+        time.tick().await;
+        match state.store.forget_windows(now_ms().saturating_sub(keep_ms)).await {
+            Ok(rows) => tracing::debug!(rows, "windows were forgotten"),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "old windows stay");
+            }
+        }
     }
 }
 

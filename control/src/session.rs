@@ -4,10 +4,12 @@
 use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket};
-use protocol::session::{FromControl, FromWorker, Register, SESSION_VERSION};
+use protocol::session::{FromControl, FromWorker, Register, SESSION_VERSION, Window};
+use tokio::sync::watch;
 
+use crate::config::Config;
 use crate::fleet::{Admitted, Refusal};
-use crate::limits::REGISTER_SECONDS_MAX;
+use crate::limits::{COUNT_MAX, REGISTER_SECONDS_MAX};
 use crate::state::{Shared, now_ms};
 use crate::store::StoreError;
 
@@ -22,6 +24,8 @@ enum Ended {
     Refused(#[from] Refusal),
     #[error("what was said could not be stored")]
     Store(#[from] StoreError),
+    #[error("window {number}: {what} is {got}, expected {expected}")]
+    Window { number: u64, what: &'static str, got: String, expected: String },
     #[error("{got} came, expected {expected}")]
     Order { got: &'static str, expected: &'static str },
     #[error("nothing was heard for {patience_ms} ms")]
@@ -48,6 +52,9 @@ async fn greet(state: &Shared, socket: &mut WebSocket) -> Result<(), Ended> {
             Some(FromWorker::Register(register)) => register,
             Some(FromWorker::Heartbeat(_)) => {
                 return Err(Ended::Order { got: "a heartbeat", expected });
+            }
+            Some(FromWorker::Window(_)) => {
+                return Err(Ended::Order { got: "a window", expected });
             }
             None => return Ok(()),
         },
@@ -79,8 +86,9 @@ async fn serve(
     register: &Register,
     admitted: &Admitted,
 ) -> Result<(), Ended> {
-    let heartbeat_ms = state.config.heartbeat_ms;
-    say(socket, &FromControl::Welcome { version: SESSION_VERSION, heartbeat_ms }).await?;
+    let Config { heartbeat_ms, window_ms, .. } = state.config;
+    say(socket, &FromControl::Welcome { version: SESSION_VERSION, heartbeat_ms, window_ms })
+        .await?;
     let patience_ms = state.patience_ms();
     let mut stop = state.stop.clone();
     loop {
@@ -92,6 +100,11 @@ async fn serve(
                         return Err(Ended::Replaced);
                     }
                 }
+                Some(FromWorker::Window(window)) => {
+                    check_window(register, &window)?;
+                    state.store.keep_window(register, &window).await?;
+                    say(socket, &FromControl::Kept { number: window.number }).await?;
+                }
                 Some(FromWorker::Register(_)) => {
                     return Err(Ended::Order { got: "a registration", expected: "a heartbeat" });
                 }
@@ -99,10 +112,41 @@ async fn serve(
             },
             () = admitted.replaced.notified() => return Err(Ended::Replaced),
             () = silent => return Err(Ended::Silent { patience_ms }),
-            // An error is the end of the sender: control ends.
-            _ = stop.wait_for(|stop| *stop) => return Ok(()),
+            () = stopped(&mut stop) => return Ok(()),
         }
     }
+}
+
+/// Control ends; so it does when there is nobody left to say so.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    drop(stop.wait_for(|stop| *stop).await);
+}
+
+/// Refuses a window that the registered model cannot have.
+fn check_window(register: &Register, window: &Window) -> Result<(), Ended> {
+    let number = window.number;
+    let wrong =
+        |what, got: String, expected: String| Err(Ended::Window { number, what, got, expected });
+    if window.start_ms > window.end_ms {
+        let expected = format!("at least its begin {}", window.start_ms);
+        return wrong("the end", window.end_ms.to_string(), expected);
+    }
+    for layer in &window.layers {
+        let known = register.model.layers.iter().find(|known| known.number == layer.layer);
+        let Some(known) = known else {
+            return wrong("a layer", layer.layer.to_string(), "a served one".to_owned());
+        };
+        let experts = layer.expert_tokens.len();
+        if experts != known.experts as usize {
+            return wrong("the number of experts", experts.to_string(), known.experts.to_string());
+        }
+        let counts = [layer.calls, layer.tokens, layer.distinct_experts];
+        let largest = layer.expert_tokens.iter().chain(&counts).max().copied().unwrap_or(0);
+        if largest > COUNT_MAX {
+            return wrong("a count", largest.to_string(), format!("at most {COUNT_MAX}"));
+        }
+    }
+    Ok(())
 }
 
 async fn say(socket: &mut WebSocket, message: &FromControl) -> Result<(), Ended> {

@@ -1,5 +1,7 @@
 //! What outlives this process: one SQLite file.
 
+pub(crate) mod windows;
+
 use std::path::Path;
 
 use protocol::session::Register;

@@ -331,6 +331,10 @@ impl Device for CpuDevice {
         self.run_part(&Part::Calls { position, call }, outgoing)
     }
 
+    fn assigned(&self) -> &[i32] {
+        &self.outgoing.assignments.ids
+    }
+
     fn join(&mut self, asked: Option<u32>) -> Result<(), CallError> {
         let mut outgoing = std::mem::take(&mut self.outgoing);
         outgoing.clear(self.group.ranks());

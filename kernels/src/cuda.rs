@@ -469,6 +469,10 @@ impl Device for CudaDevice {
             .map_err(|error| CallError::Device { reason: error.to_string() })
     }
 
+    fn assigned(&self) -> &[i32] {
+        &self.assignments.ids
+    }
+
     fn join(&mut self, _asked: Option<u32>) -> Result<(), CallError> {
         Ok(())
     }

@@ -223,6 +223,9 @@ pub trait Device: Send {
     /// See [`CallError`]; the device serves on.
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError>;
 
+    /// Expert ids of the last call that was run, `[tokens, top_k]`, -1 for no expert.
+    fn assigned(&self) -> &[i32];
+
     /// Takes part without tokens in the group's next call: announces that at once, and waits for the
     /// others. `asked` is the layer that this rank's engine called for, if its call was refused.
     ///

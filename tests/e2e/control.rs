@@ -9,7 +9,8 @@ use serde_json::Value;
 use tests::call::through;
 use tests::case::Case;
 use tests::control_process::Control;
-use tests::group::{Group, Spec, call_all, uneven};
+use tests::group::{Group, Spec, call_all, random_placement, uneven};
+use tests::random::Random;
 use tests::worker_process::{Worker, until};
 
 use crate::{BF16, assert_says, data, skewed};
@@ -48,6 +49,36 @@ fn until_all(control: &Control, condition: impl Fn(&Value) -> bool) {
         Ok(page["items"].as_array().is_some_and(|all| all.iter().all(&condition)).then_some(()))
     })
     .unwrap();
+}
+
+/// Tokens and rows of each expert in a group's windows that ended later than `after_ms`, once they have
+/// so many calls.
+#[track_caller]
+fn until_counted(control: &Control, group: &str, after_ms: u64, calls: u64) -> (u64, Vec<u64>) {
+    until("windows of load", || {
+        let path = format!("/api/v1/groups/{group}/windows?after_ms={after_ms}");
+        let (_, page) = control.get(&path)?;
+        let windows = page["items"].as_array().cloned().unwrap_or_default();
+        let sum = |key: &str| windows.iter().filter_map(|window| window[key].as_u64()).sum::<u64>();
+        let mut counts: Vec<u64> = Vec::new();
+        for window in &windows {
+            let of_window: Vec<u64> = serde_json::from_value(window["expert_tokens"].clone())?;
+            counts.resize(of_window.len(), 0);
+            counts.iter_mut().zip(of_window).for_each(|(sum, count)| *sum += count);
+        }
+        Ok((sum("calls") == calls).then(|| (sum("tokens"), counts)))
+    })
+    .unwrap()
+}
+
+/// Rows with an expert, and the rows of each expert.
+fn load_of(ids: &[i32], top_k: usize, experts: usize) -> (u64, Vec<u64>) {
+    let mut counts = vec![0; experts];
+    for &id in ids.iter().filter(|id| **id >= 0) {
+        counts[usize::try_from(id).unwrap()] += 1;
+    }
+    let live = ids.chunks(top_k).filter(|row| row.iter().any(|id| *id >= 0)).count();
+    (live as u64, counts)
 }
 
 #[test]
@@ -146,6 +177,9 @@ fn calls_go_on_without_control_which_comes_back_with_all_it_knew() {
     assert_eq!(known, before.iter().map(first_seen).collect::<Vec<_>>());
     // With the first heartbeat, the calls that were made meanwhile.
     until_all(&control, |worker| worker["state"] == "connected" && worker["calls"] == 1);
+    // And the load of those calls, which the workers had kept.
+    let (tokens, counts) = until_counted(&control, "g", 0, 2);
+    assert_eq!((tokens, counts), load_of(&case.inputs.ids, 4, 16));
     // And an orderly end: nobody holds it up.
     control.signal(Signal::TERM).unwrap();
     assert!(control.wait().unwrap().success(), "{}", control.log());
@@ -184,5 +218,45 @@ fn bad_requests_are_problems_that_name_the_value() {
         let (got, problem) = control.get(path).unwrap();
         assert_eq!((got, &problem["code"]), (status, &code.into()), "{path} {problem}");
         assert_says(problem["title"].as_str().unwrap(), &[title]);
+    }
+}
+
+/// C22: a window has each live assignment once, on any number of ranks, with redundant slots, whoever
+/// is masked; and it is not lost when the workers end.
+#[test]
+fn windows_count_each_live_assignment_once() {
+    let expected = fs::read(data("field/eplb/load_counters/expected_counts.json")).unwrap();
+    let expected: Value = serde_json::from_slice(&expected).unwrap();
+    let control = Control::start().unwrap();
+    let mut random = Random::new(22);
+    let mut after_ms = 0;
+    for name in ["holes_e8_k4_h128_i64", "masked_e8_k2_h256_i128", "e7_k2_h256_i512"] {
+        let case = Case::open(&data("moe-golden").join(name)).unwrap();
+        let counts: Vec<u64> =
+            serde_json::from_value(expected[name]["logical_count"].clone()).unwrap();
+        for ranks in [1, 2, 4] {
+            let slots = counts.len().div_ceil(ranks) + 1;
+            let placement = Some(vec![random_placement(counts.len(), ranks, slots, &mut random)]);
+            let ranks = u32::try_from(ranks).unwrap();
+            let spec = Spec { ranks, placement, options: control.options() };
+            let mut group = Group::start(&case.dir, &spec).unwrap();
+            until_connected(&control, ranks as usize);
+            let tokens = case.inputs.tokens();
+            let mut engines = group.engines(BF16, tokens).unwrap();
+            call_all(&mut engines, 0, &case.inputs, &uneven(tokens, ranks as usize)).unwrap();
+            // Their last windows are told before they end.
+            for worker in &mut group.workers {
+                worker.signal(Signal::TERM).unwrap();
+                worker.wait().unwrap();
+            }
+            let counted = until_counted(&control, "g", after_ms, ranks.into());
+            let case_load = load_of(&case.inputs.ids, case.inputs.top_k, counts.len());
+            assert_eq!(counted, case_load, "{name} on {ranks} ranks");
+            assert_eq!(counted.1, counts, "{name}");
+            let (_, page) =
+                control.get(&format!("/api/v1/groups/g/windows?after_ms={after_ms}")).unwrap();
+            let ends = page["items"].as_array().unwrap().iter().map(|w| w["end_ms"].as_u64());
+            after_ms = ends.max().unwrap().unwrap();
+        }
     }
 }

@@ -44,7 +44,8 @@ impl Control {
 
     fn child(folder: &Path, listen: &str) -> Result<Child> {
         Command::new(program("moeplane-control")?)
-            .args(["serve", "--heartbeat-ms", "200", "--listen", listen, "--data"])
+            .args(["serve", "--heartbeat-ms", "200", "--window-ms", "300"])
+            .args(["--listen", listen, "--data"])
             .arg(folder.join("data"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -7,6 +7,7 @@ pub mod config;
 mod connection;
 mod failure;
 pub mod limits;
+mod load;
 mod model;
 mod placement;
 mod pulse;

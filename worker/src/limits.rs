@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 /// How long a rank that joins calls by itself looks for the next one before it sleeps: what it takes
-/// to be woken. Calls of a model come in rows, layer after layer.
-pub const LINGER: Duration = Duration::from_micros(50);
+/// to be woken, and the time in which a small call is answered and the next one comes.
+pub const LINGER: Duration = Duration::from_micros(100);
 
 /// Longest wait for control to take a connection, to answer, or to take what is said.
 pub const CONTROL_PATIENCE: Duration = Duration::from_secs(5);
@@ -15,6 +15,15 @@ pub const CONTROL_TICK: Duration = Duration::from_millis(100);
 /// Shortest and longest pause before control is dialled again: soon after a restart, and without
 /// pressing one that is away for long.
 pub const RECONNECT: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(8));
+
+/// A window until control says how long its are.
+pub const WINDOW: Duration = Duration::from_secs(10);
+
+/// Windows that are kept while control is away: an hour of them.
+pub const WINDOWS_MAX: usize = 360;
+
+/// How long a worker that ends waits for control to keep its last windows.
+pub const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Engines that may be connected at once. One rank serves one engine and those that look at it; the
 /// rest are lost clients.

@@ -40,6 +40,11 @@ impl Model {
         Some(layer.reason.clone())
     }
 
+    /// Experts of the served layer `number`; none of others.
+    pub(crate) fn experts(&self, number: u32) -> u32 {
+        self.layers.iter().find(|layer| layer.number == number).map_or(0, |layer| layer.experts)
+    }
+
     /// Width of the widest layer.
     pub(crate) fn hidden_max(&self) -> u32 {
         self.layers.iter().map(|layer| layer.hidden).max().unwrap_or(0)

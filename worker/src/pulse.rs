@@ -1,25 +1,47 @@
-//! What the rank's thread tells the uplink's, without waiting for it: engine and counts of calls.
+//! What the rank's thread tells the uplink's: engine, counts of calls, and load. Nothing here is held
+//! over a wait.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use protocol::session::{EngineState, Heartbeat};
+use protocol::session::{EngineState, Heartbeat, Window};
+
+use crate::load::Load;
 
 /// Written by the rank's thread alone. A reader may see a call that another word does not have yet.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Pulse {
     engine: AtomicU8,
     calls: AtomicU64,
     refused: AtomicU64,
+    load: Mutex<Load>,
 }
 
 impl Pulse {
+    pub(crate) fn new() -> Self {
+        let (engine, calls, refused) = Default::default();
+        Self { engine, calls, refused, load: Mutex::new(Load::new(now_ms())) }
+    }
+
     pub(crate) fn set_engine(&self, engine: EngineState) {
         self.engine.store(engine as u8, Ordering::Relaxed);
     }
 
-    pub(crate) fn count(&self, answered: bool) {
-        let count = if answered { &self.calls } else { &self.refused };
-        count.fetch_add(1, Ordering::Relaxed);
+    /// A call was refused or given up.
+    pub(crate) fn count_refused(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A call was answered; `count` adds it to the load.
+    pub(crate) fn count_answered(&self, count: impl FnOnce(&mut Load)) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        count(&mut self.load.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Ends the window; none without calls.
+    pub(crate) fn close_window(&self) -> Option<Window> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner).close(now_ms())
     }
 
     pub(crate) fn heartbeat(&self) -> Heartbeat {
@@ -31,4 +53,10 @@ impl Pulse {
         let [calls, refused] = [&self.calls, &self.refused].map(|n| n.load(Ordering::Relaxed));
         Heartbeat { engine, calls, refused }
     }
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

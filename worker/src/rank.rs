@@ -6,14 +6,14 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kernels::device::{CallError, CallOffsets, Device, LayerCall};
 use kernels::memory::SharedMemory;
 use kernels::problem::{self, Form};
 use protocol::buffer::BufferLayout;
 use protocol::frame::{Frame, Kind, Malformed};
-use protocol::message::{ActFormat, Attach, Attached, Call, Hello, WeightsIn, Welcome};
+use protocol::message::{ActFormat, Attach, Attached, Call, Hello, Phase, WeightsIn, Welcome};
 use protocol::refusal::Refusal;
 use protocol::session::EngineState;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -339,9 +339,16 @@ impl Rank {
         // changed the buffer under a running call, or is about to.
         connection.read();
         let early = connection.take_calls();
-        self.pulse.count(ran.is_ok());
+        match &ran {
+            Ok(served) => self.pulse.count_answered(|load| {
+                let experts = self.model.experts(served.layer);
+                let ids = (self.device.assigned(), served.top_k);
+                load.count((served.layer, experts, served.phase), ids, served.took);
+            }),
+            Err(_) => self.pulse.count_refused(),
+        }
         match ran {
-            Ok(()) => connection.answer(Kind::Done, frame.seq, &[], None),
+            Ok(_) => connection.answer(Kind::Done, frame.seq, &[], None),
             Err(Failed::Alone { refusal, .. }) => connection.refuse(&refusal, frame.seq),
             Err(Failed::Together(error)) => {
                 connection.refuse(&refusal(error, &self.model), frame.seq);
@@ -360,6 +367,14 @@ impl Rank {
     }
 }
 
+/// A call that was answered.
+struct Served {
+    layer: u32,
+    top_k: u32,
+    phase: Phase,
+    took: Duration,
+}
+
 /// Why a call has no answer.
 enum Failed {
     /// For what its engine sent; this rank has not taken part in the group's call.
@@ -373,10 +388,11 @@ fn run(
     attachment: &Attachment,
     model: &Model,
     frame: &Frame,
-) -> Result<(), Failed> {
+) -> Result<Served, Failed> {
+    let began = Instant::now();
     let alone = |asked, refusal| Failed::Alone { asked, refusal };
     let call = Call::decode(&frame.body).map_err(|refusal| alone(None, refusal))?;
-    let Call { layer, tokens, top_k, phase: _ } = call;
+    let Call { layer, tokens, top_k, phase } = call;
     let BufferLayout { max_tokens, hidden, topk_ids, topk_weights, output, .. } = attachment.layout;
     if tokens > max_tokens {
         return Err(alone(Some(layer), Refusal::Tokens { tokens, min: 0, max: max_tokens }));
@@ -392,7 +408,8 @@ fn run(
     device.run(&call).map_err(|error| match error {
         CallError::Group(_) | CallError::Mismatch(_) => Failed::Together(error),
         error => alone(Some(layer), refusal(error, model)),
-    })
+    })?;
+    Ok(Served { layer, top_k, phase, took: began.elapsed() })
 }
 
 fn name(kind: Kind) -> String {

@@ -4,7 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use kernels::checkpoint::{Checkpoint, CheckpointError};
 use kernels::cpu::{CpuDevice, CpuOptions, CpuSlots};
@@ -21,7 +21,7 @@ use crate::Rank;
 use crate::config::{Config, ConfigError, DeviceKind, GroupConfig};
 use crate::model::Model;
 use crate::placement::{PlaceError, Placements};
-use crate::pulse::Pulse;
+use crate::pulse::{Pulse, now_ms};
 use crate::socket::Listener;
 use crate::uplink::Uplink;
 use crate::watch::Watch;
@@ -112,7 +112,7 @@ impl Rank {
             loaded_ms = started.elapsed().as_millis(),
             "ready"
         );
-        let pulse = Arc::new(Pulse::default());
+        let pulse = Arc::new(Pulse::new());
         let uplink = config.control.as_ref().map(|control| {
             let register = register(config, &checkpoint, &model, device.as_mut())?;
             let pulse = Arc::clone(&pulse);
@@ -140,13 +140,12 @@ fn register(
         None => vec![ActFormat::Bf16, ActFormat::Nvfp4],
         Some(_) => vec![ActFormat::Bf16],
     };
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(Register {
         version: SESSION_VERSION,
         group: group.map_or_else(|| model.name.clone(), |group| group.name.clone()),
         rank: device.group().rank(),
         ranks: device.group().ranks(),
-        incarnation: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+        incarnation: now_ms(),
         pid: std::process::id(),
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         socket: config.engine.socket.display().to_string(),

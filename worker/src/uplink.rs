@@ -1,6 +1,7 @@
 //! The session with control: a thread of its own, so that nothing of it is on the way of a call. It
 //! dials, registers, and says how the rank is; when control is away it tries again.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -10,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use protocol::session::{FromControl, FromWorker, Register, SESSION_PATH};
+use protocol::session::{FromControl, FromWorker, Register, SESSION_PATH, Window};
 use tungstenite::client::IntoClientRequest;
 use tungstenite::http::header::{AUTHORIZATION, HeaderValue, InvalidHeaderValue};
 use tungstenite::{HandshakeError, Message, WebSocket};
 
 use crate::config::ControlConfig;
-use crate::limits::{CONTROL_PATIENCE, CONTROL_TICK, RECONNECT};
+use crate::limits::{CONTROL_PATIENCE, CONTROL_TICK, FAREWELL, RECONNECT, WINDOW, WINDOWS_MAX};
 use crate::pulse::Pulse;
 
 /// Ends the session when dropped.
@@ -57,7 +58,14 @@ impl Uplink {
         pulse: Arc<Pulse>,
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let dialler = Dialler { config, register, pulse, stop: Arc::clone(&stop) };
+        let stopped = Arc::clone(&stop);
+        let windows = Windows {
+            pulse,
+            every: WINDOW,
+            next: Instant::now() + WINDOW,
+            unkept: VecDeque::new(),
+        };
+        let dialler = Dialler { config, register, windows, stop: stopped };
         let thread = thread::Builder::new().name("uplink".to_owned()).spawn(|| dialler.run())?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -77,12 +85,43 @@ impl Drop for Uplink {
 struct Dialler {
     config: ControlConfig,
     register: Register,
-    pulse: Arc<Pulse>,
+    windows: Windows,
     stop: Arc<AtomicBool>,
 }
 
+/// Windows as they end, until control has kept them.
+struct Windows {
+    pulse: Arc<Pulse>,
+    every: Duration,
+    /// When the open window ends.
+    next: Instant,
+    unkept: VecDeque<Window>,
+}
+
+impl Windows {
+    /// Ends the window if it is time.
+    fn close_due(&mut self) {
+        if Instant::now() >= self.next {
+            self.close();
+        }
+    }
+
+    fn close(&mut self) {
+        self.next = Instant::now() + self.every;
+        if self.unkept.len() == WINDOWS_MAX {
+            tracing::warn!("control has been away for long: the oldest window is dropped");
+            self.unkept.pop_front();
+        }
+        self.unkept.extend(self.pulse.close_window());
+    }
+
+    fn kept(&mut self, number: u64) {
+        self.unkept.retain(|window| window.number != number);
+    }
+}
+
 impl Dialler {
-    fn run(self) {
+    fn run(mut self) {
         let mut wait = RECONNECT.0;
         let mut told = false;
         while !self.stop.load(Ordering::Acquire) {
@@ -98,30 +137,58 @@ impl Dialler {
                 Err(lost) => tracing::debug!(%lost, "no session with control"),
             }
             wait = if stood { RECONNECT.0 } else { (wait * 2).min(RECONNECT.1) };
+            self.windows.close_due();
             // Ended early when the worker stops.
             thread::park_timeout(wait);
         }
     }
 
     /// One session, to its end; sets `stood` once control has welcomed this worker.
-    fn session(&self, stood: &mut bool) -> Result<(), Lost> {
+    fn session(&mut self, stood: &mut bool) -> Result<(), Lost> {
         let mut socket = self.dial()?;
         say(&mut socket, &FromWorker::Register(Box::new(self.register.clone())))?;
-        let every = self.welcome(&mut socket)?;
+        let beat = self.welcome(&mut socket)?;
         *stood = true;
         tracing::info!(url = self.config.url, "session with control stands");
-        let mut next = Instant::now();
+        let (mut next, mut told) = (Instant::now(), None);
         while !self.stop.load(Ordering::Acquire) {
             if Instant::now() >= next {
-                say(&mut socket, &FromWorker::Heartbeat(self.pulse.heartbeat()))?;
-                next = Instant::now() + every;
+                say(&mut socket, &FromWorker::Heartbeat(self.windows.pulse.heartbeat()))?;
+                next = Instant::now() + beat;
             }
-            if let Some(FromControl::Refused { reason }) = hear(&mut socket)? {
-                return Err(Lost::Refused { reason });
-            }
+            self.windows.close_due();
+            self.exchange(&mut socket, &mut told)?;
+        }
+        // What was served last is not lost, if control is quick.
+        self.windows.close();
+        let began = Instant::now();
+        while !self.windows.unkept.is_empty() && began.elapsed() < FAREWELL {
+            self.exchange(&mut socket, &mut told)?;
         }
         socket.close(None)?;
         Ok(())
+    }
+
+    /// Says the oldest window, unless it was said, and hears what control says.
+    fn exchange(
+        &mut self,
+        socket: &mut WebSocket<TcpStream>,
+        told: &mut Option<u64>,
+    ) -> Result<(), Lost> {
+        if let Some(oldest) = self.windows.unkept.front()
+            && *told != Some(oldest.number)
+        {
+            say(socket, &FromWorker::Window(oldest.clone()))?;
+            *told = Some(oldest.number);
+        }
+        match hear(socket)? {
+            Some(FromControl::Refused { reason }) => Err(Lost::Refused { reason }),
+            Some(FromControl::Kept { number }) => {
+                self.windows.kept(number);
+                Ok(())
+            }
+            Some(FromControl::Welcome { .. }) | None => Ok(()),
+        }
     }
 
     fn dial(&self) -> Result<WebSocket<TcpStream>, Lost> {
@@ -148,15 +215,18 @@ impl Dialler {
     }
 
     /// Time between heartbeats.
-    fn welcome(&self, socket: &mut WebSocket<TcpStream>) -> Result<Duration, Lost> {
+    fn welcome(&mut self, socket: &mut WebSocket<TcpStream>) -> Result<Duration, Lost> {
         let began = Instant::now();
         while began.elapsed() < CONTROL_PATIENCE && !self.stop.load(Ordering::Acquire) {
             match hear(socket)? {
-                Some(FromControl::Welcome { heartbeat_ms, .. }) => {
+                Some(FromControl::Welcome { heartbeat_ms, window_ms, .. }) => {
+                    let windows = &mut self.windows;
+                    windows.every = Duration::from_millis(window_ms);
+                    windows.next = windows.next.min(Instant::now() + windows.every);
                     return Ok(Duration::from_millis(heartbeat_ms));
                 }
                 Some(FromControl::Refused { reason }) => return Err(Lost::Refused { reason }),
-                None => {}
+                Some(FromControl::Kept { .. }) | None => {}
             }
         }
         Err(Lost::Silent)

@@ -7,13 +7,18 @@
 //!   Register                   ->
 //!                              <-     Welcome, or Refused and the end
 //!   Heartbeat, again and again ->
+//!   Window                     ->
+//!                              <-     Kept
 //! ```
+//!
+//! A worker counts what it serves in windows, and keeps those that control has not kept yet; they are
+//! numbered, so that one that comes twice counts once.
 //!
 //! A worker serves whether or not control is there.
 
 use serde::{Deserialize, Serialize};
 
-use crate::message::{ActFormat, ServedLayer, UnservedLayer};
+use crate::message::{ActFormat, Phase, ServedLayer, UnservedLayer};
 
 /// Version of these messages.
 pub const SESSION_VERSION: u32 = 1;
@@ -32,6 +37,8 @@ pub enum FromWorker {
     Register(Box<Register>),
     /// The worker lives, and how it is.
     Heartbeat(Heartbeat),
+    /// The oldest window that control has not kept.
+    Window(Window),
 }
 
 /// What control says.
@@ -44,6 +51,13 @@ pub enum FromControl {
         version: u32,
         /// Milliseconds between heartbeats.
         heartbeat_ms: u64,
+        /// Milliseconds of a window.
+        window_ms: u64,
+    },
+    /// A window is stored.
+    Kept {
+        /// Its number.
+        number: u64,
     },
     /// It does not; the worker says why in its log and tries again later.
     Refused {
@@ -106,6 +120,41 @@ pub struct Heartbeat {
     pub calls: u64,
     /// Calls that were refused or given up since the start.
     pub refused: u64,
+}
+
+/// What a rank's own engine asked for in an interval: load by where it comes from, so that the sum
+/// over ranks has each (token, expert) once, whatever replicas there are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// Number of the window, from 1 on for each process.
+    pub number: u64,
+    /// Its begin, in milliseconds since 1970.
+    pub start_ms: u64,
+    /// Its end.
+    pub end_ms: u64,
+    /// Layers and phases that had calls, ascending.
+    pub layers: Vec<LayerWindow>,
+}
+
+/// A window's part of one layer and phase.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerWindow {
+    /// The model's number of the layer.
+    pub layer: u32,
+    /// What the engine was doing.
+    pub phase: Phase,
+    /// Calls that were answered.
+    pub calls: u64,
+    /// Rows with at least one expert; masked and padded rows are none.
+    pub tokens: u64,
+    /// Sum over calls of the different experts that were asked for.
+    pub distinct_experts: u64,
+    /// For each expert, the rows that went to it.
+    pub expert_tokens: Vec<u64>,
+    /// Median of the time of a call, in microseconds.
+    pub latency_us_p50: u64,
+    /// What 99 of 100 calls did not exceed.
+    pub latency_us_p99: u64,
 }
 
 /// Whether a rank has an engine.
