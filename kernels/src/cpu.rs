@@ -22,12 +22,12 @@ pub use self::tactic::{CpuTactic, Isa, UnknownIsa, UnknownTactic, Why};
 use self::compute::Scratch;
 use self::dispatch::{Garbled, Incoming, Outgoing};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::device::{CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError};
+use crate::device::{CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError, check_call};
 use crate::expert::RawScalars;
 use crate::group::{Announcement, Group, NO_LAYER, Role, compare};
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
-use crate::problem::{ActFormat, Form, LayerShape, TOP_K_MAX};
+use crate::problem::{Form, LayerShape};
 use crate::route::RouteTable;
 
 /// Bytes of a slot of a layer of `shape`.
@@ -197,24 +197,15 @@ impl CpuDevice {
     }
 
     /// Position of a layer that the device has.
-    fn position(&self, layer: u32) -> Result<usize, CallError> {
-        let found = self.layers.binary_search_by_key(&layer, |layer| layer.number);
-        found.map_err(|_absent| CallError::Layer {
-            layer,
-            served: self.layers.iter().map(|layer| layer.number).collect(),
-        })
+    fn position(&self, layer: u32) -> Option<usize> {
+        self.layers.binary_search_by_key(&layer, |layer| layer.number).ok()
     }
 
     /// Everything about a call that can be refused before ids are looked at.
     fn check(&self, call: &LayerCall<'_>) -> Result<usize, CallError> {
-        let LayerCall { layer, tokens, top_k, form, .. } = *call;
-        if top_k == 0 || top_k > TOP_K_MAX {
-            return Err(CallError::TopK { top_k });
-        }
-        let position = self.position(layer)?;
-        if form.act == ActFormat::Nvfp4 && !self.layers[position].scaled {
-            return Err(CallError::NoInputScale { layer });
-        }
+        let layers = self.layers.iter().map(|layer| (layer.number, layer.scaled));
+        let position = check_call(call, layers)?;
+        let LayerCall { tokens, top_k, .. } = *call;
         let HeapShape { max_tokens, max_pairs: max, .. } = self.group.layout().shape;
         if tokens > max_tokens || u64::from(tokens) * u64::from(top_k) > u64::from(max) {
             return Err(CallError::Pairs { tokens, top_k, max });
@@ -254,7 +245,7 @@ impl CpuDevice {
                 return Err(mismatch.into());
             }
         };
-        let here = self.position(number).ok().filter(|&at| self.layers[at].epoch == epoch);
+        let here = self.position(number).filter(|&at| self.layers[at].epoch == epoch);
         let Some(position) = here else {
             // This rank could not say so before: it did not know the layer.
             let rank = self.group.rank();
@@ -277,8 +268,7 @@ impl CpuDevice {
     /// What a rank announces whose engine does not call.
     fn joins(&mut self, asked: Option<u32>, pairs: Vec<u32>) -> Announcement {
         let pending = self.group.pending();
-        let known =
-            pending.and_then(|a| Some((a.form, &self.layers[self.position(a.layer).ok()?])));
+        let known = pending.and_then(|a| Some((a.form, &self.layers[self.position(a.layer)?])));
         let (tokens, top_k) = (0, 1);
         match known {
             Some((form, layer)) => {

@@ -25,12 +25,12 @@ use self::launch::{Gpu, Grid, Memory, Pinned};
 use self::params::{Job, Pair, Params, Scalars};
 use crate::assignments::Assignments;
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::device::{CallError, Device, DeviceError, LayerCall, LoadError};
+use crate::device::{CallError, Device, DeviceError, LayerCall, LoadError, check_call};
 use crate::group::Group;
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
 use crate::numeric::BLOCK;
-use crate::problem::{ActFormat, Form, LayerShape, TOP_K_MAX, WeightsIn};
+use crate::problem::{ActFormat, Form, LayerShape, WeightsIn};
 
 /// Threads of a block of simple kernels.
 const THREADS: usize = 128;
@@ -337,20 +337,6 @@ impl CudaDevice {
         Ok(Self { name, gpu, kernels, layers, workspace, assignments, group })
     }
 
-    fn position(&self, call: &LayerCall<'_>) -> Result<usize, CallError> {
-        let LayerCall { layer, top_k, form, .. } = *call;
-        if top_k == 0 || top_k > TOP_K_MAX {
-            return Err(CallError::TopK { top_k });
-        }
-        let served = || self.layers.iter().map(|layer| layer.number).collect();
-        let found = self.layers.iter().position(|known| known.number == layer);
-        let position = found.ok_or_else(|| CallError::Layer { layer, served: served() })?;
-        if form.act == ActFormat::Nvfp4 && !self.layers[position].scaled {
-            return Err(CallError::NoInputScale { layer });
-        }
-        Ok(position)
-    }
-
     /// Runs a call whose ids and weights are good.
     fn compute(&mut self, call: &LayerCall<'_>, position: usize) -> Result<(), CudaError> {
         let Self { gpu, kernels, layers, workspace, assignments, .. } = self;
@@ -460,7 +446,8 @@ impl Device for CudaDevice {
     }
 
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError> {
-        let position = self.position(call)?;
+        let layers = self.layers.iter().map(|layer| (layer.number, layer.scaled));
+        let position = check_call(call, layers)?;
         self.assignments.read(call, self.layers[position].shape.experts)?;
         if call.tokens == 0 {
             return Ok(());

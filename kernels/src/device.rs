@@ -22,7 +22,7 @@ use crate::cpu::Why;
 use crate::cuda::CudaError;
 use crate::group::{Group, GroupError, Mismatch};
 use crate::memory::SharedMemory;
-use crate::problem::{Form, TOP_K_MAX};
+use crate::problem::{ActFormat, Form, TOP_K_MAX};
 use crate::route::RouteTable;
 
 /// Where the tensors of a call lie in a buffer that engine and device share, in bytes from its
@@ -156,6 +156,26 @@ pub enum CallError {
         /// The layer.
         layer: u32,
     },
+}
+
+/// What of a call can be refused before its ids are looked at; `layers` are the device's, each with its
+/// number and whether it has the scales that `act=nvfp4` needs. The position of the call's layer.
+pub(crate) fn check_call(
+    call: &LayerCall<'_>,
+    layers: impl Iterator<Item = (u32, bool)> + Clone,
+) -> Result<usize, CallError> {
+    let LayerCall { layer, top_k, form, .. } = *call;
+    if top_k == 0 || top_k > TOP_K_MAX {
+        return Err(CallError::TopK { top_k });
+    }
+    let found = layers.clone().enumerate().find(|(_, (number, _))| *number == layer);
+    let Some((position, (_, scaled))) = found else {
+        return Err(CallError::Layer { layer, served: layers.map(|(number, _)| number).collect() });
+    };
+    if form.act == ActFormat::Nvfp4 && !scaled {
+        return Err(CallError::NoInputScale { layer });
+    }
+    Ok(position)
 }
 
 /// A device that cannot be made, or that cannot take a layer.

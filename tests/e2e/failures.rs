@@ -32,7 +32,7 @@ fn spec(options: &[&str]) -> Spec {
 fn a_killed_rank_is_named_to_all_others_and_comes_back() {
     let mut target = Target::start(&skewed(), &spec(&PATIENT), BF16, TOKENS).unwrap();
     for victim in 0..RANKS {
-        let kill = target.kill(victim, BF16, Duration::from_millis(20)).unwrap();
+        let kill = target.kill(victim, Duration::from_millis(20)).unwrap();
         assert_eq!(kill.phases.len(), RANKS - 1);
     }
     target.end().unwrap();

@@ -27,6 +27,7 @@ pub struct Target {
     group: Group,
     engines: Vec<Engine>,
     steps: [Step; 2],
+    variant: Variant,
     shares: Vec<Range<usize>>,
     /// Open files of each worker at the start.
     descriptors: Vec<usize>,
@@ -71,11 +72,11 @@ impl Target {
         let engines = group.engines(variant, tokens)?;
         let descriptors = group.workers.iter().map(descriptors).collect::<Result<_>>()?;
         let shares = uneven(tokens, group.workers.len());
-        Ok(Self { group, engines, steps, shares, descriptors, generation: 0 })
+        Ok(Self { group, engines, steps, variant, shares, descriptors, generation: 0 })
     }
 
     /// Kills a rank after engines have called for a while, and starts it again.
-    pub fn kill(&mut self, victim: usize, variant: Variant, after: Duration) -> Result<Kill> {
+    pub fn kill(&mut self, victim: usize, after: Duration) -> Result<Kill> {
         let logged = self.given_up();
         let (began, ended) = self.call_until_killed(victim, after)?;
         let mut kill = Kill {
@@ -115,7 +116,7 @@ impl Target {
         let began = Instant::now();
         self.group.restart(victim)?;
         let tokens = self.steps[0].inputs.tokens();
-        self.engines[victim] = self.group.workers[victim].engine(variant, tokens)?;
+        self.engines[victim] = self.group.workers[victim].engine(self.variant, tokens)?;
         self.serves().context("after the restart")?;
         kill.served = began.elapsed();
         Ok(kill)

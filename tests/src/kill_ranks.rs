@@ -54,7 +54,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             SURVIVOR + 1 + random.below(*ranks as usize - 1)
         };
         let after = Duration::from_micros(random.below(LATEST_US) as u64);
-        let kill = target.kill(victim, variant, after);
+        let kill = target.kill(victim, after);
         all.push(kill.with_context(|| format!("kill {number} of seed {seed}, after {after:?}"))?);
     }
     let after = target.held(SURVIVOR)?;

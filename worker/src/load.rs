@@ -75,7 +75,9 @@ impl Load {
 
     /// Ends the window and begins the next; none without calls.
     pub(crate) fn close(&mut self, now_ms: u64) -> Option<Window> {
-        let start_ms = std::mem::replace(&mut self.start_ms, now_ms);
+        // A clock may be set back: a window still does not end before it begins.
+        let end_ms = now_ms.max(self.start_ms);
+        let start_ms = std::mem::replace(&mut self.start_ms, end_ms);
         let layers = std::mem::take(&mut self.layers);
         if layers.is_empty() {
             return None;
@@ -94,7 +96,7 @@ impl Load {
                 expert_tokens: load.expert_tokens,
             }
         });
-        Some(Window { number: self.number, start_ms, end_ms: now_ms, layers: layers.collect() })
+        Some(Window { number: self.number, start_ms, end_ms, layers: layers.collect() })
     }
 }
 
@@ -124,5 +126,8 @@ mod tests {
         load.count((5, 4, Phase::Decode), (&[1, 0], 2), took);
         let window = load.close(600).unwrap();
         assert_eq!((window.number, window.start_ms), (2, 500));
+        load.count((5, 4, Phase::Decode), (&[1, 0], 2), took);
+        let window = load.close(300).unwrap();
+        assert_eq!((window.start_ms, window.end_ms), (600, 600), "the clock was set back");
     }
 }

@@ -12,7 +12,7 @@ use half::bf16;
 use super::*;
 use crate::device::CallOffsets;
 use crate::memory::SharedMemory;
-use crate::problem::{Form, WeightsIn};
+use crate::problem::{ActFormat, Form, WeightsIn};
 
 /// Sixteen experts, four for each of 300 tokens, skewed: experts with many tokens and with none.
 const SKEWED: &str = "skewed_e16_k4_h256_i64_t300";
