@@ -5,6 +5,7 @@ mod error;
 mod views;
 mod windows;
 
+use std::collections::BTreeMap;
 use std::ops::Bound;
 
 use axum::Json;
@@ -23,6 +24,7 @@ use utoipa_axum::routes;
 
 use self::error::{ApiError, Problem};
 use self::views::{GroupView, LayerView, Page, WorkerView};
+use crate::fleet::Worker;
 use crate::limits::{MESSAGE_BYTES_MAX, PAGE_DEFAULT, PAGE_MAX};
 use crate::session;
 use crate::state::{Shared, now_ms};
@@ -136,8 +138,7 @@ async fn workers(
     found.truncate(limit);
     let last = found.last().filter(|_| more);
     let next = last.map(|last| format!("{}:{}", last.register.group, last.register.rank));
-    let view =
-        |worker: &crate::fleet::Worker| WorkerView::new(worker, worker.is_there(now, patience));
+    let view = |worker: &Worker| WorkerView::new(worker, worker.is_there(now, patience));
     Ok(Json(Page { items: found.into_iter().map(view).collect(), next }))
 }
 
@@ -161,19 +162,18 @@ async fn worker(
 async fn groups(State(state): State<Shared>) -> Json<Vec<GroupView>> {
     let fleet = state.fleet();
     let missing = fleet.missing(now_ms(), state.patience_ms());
-    let view =
-        |(name, ranks): (&String, &std::collections::BTreeMap<u32, crate::fleet::Worker>)| {
-            let register = &ranks.values().next()?.register;
-            let lacks = missing.iter().find(|(group, _)| group == name);
-            Some(GroupView {
-                name: name.clone(),
-                model: register.model.name.clone(),
-                digest: register.model.digest.clone(),
-                ranks: register.ranks,
-                missing: lacks.map(|(_, ranks)| ranks.clone()).unwrap_or_default(),
-                layers: register.model.layers.len(),
-            })
-        };
+    let view = |(name, ranks): (&String, &BTreeMap<u32, Worker>)| {
+        let register = &ranks.values().next()?.register;
+        let lacks = missing.iter().find(|(group, _)| group == name);
+        Some(GroupView {
+            name: name.clone(),
+            model: register.model.name.clone(),
+            digest: register.model.digest.clone(),
+            ranks: register.ranks,
+            missing: lacks.map(|(_, ranks)| ranks.clone()).unwrap_or_default(),
+            layers: register.model.layers.len(),
+        })
+    };
     Json(fleet.groups.iter().filter_map(view).collect())
 }
 
