@@ -19,6 +19,14 @@ pub fn attach(variant: Variant, max_tokens: usize) -> Attach {
     }
 }
 
+/// The call of a layer that `inputs` are for.
+#[must_use]
+pub fn call_of(layer: u32, phase: Phase, inputs: &Inputs) -> Call {
+    let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    let (tokens, top_k) = (number(inputs.tokens()), number(inputs.top_k));
+    Call { layer, tokens, top_k, phase }
+}
+
 /// Runs `inputs` through one layer of a worker; returns bf16 bits.
 pub fn through(
     engine: &mut Engine,
@@ -27,9 +35,7 @@ pub fn through(
     inputs: &Inputs,
 ) -> Result<Vec<u16>, ClientError> {
     engine.write_inputs(&inputs.x, &inputs.ids, &inputs.weights)?;
-    let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    let (tokens, top_k) = (number(inputs.tokens()), number(inputs.top_k));
-    engine.call(Call { layer, tokens, top_k, phase })?;
+    engine.call(call_of(layer, phase, inputs))?;
     let mut output = vec![0; inputs.x.len()];
     engine.read_output(&mut output)?;
     Ok(output)

@@ -130,17 +130,22 @@ pub fn call_each(
     inputs: &Inputs,
     shares: &[Range<usize>],
 ) -> Vec<Result<Vec<u16>, ClientError>> {
+    together(engines.iter_mut().zip(shares), |(engine, share)| {
+        through(engine, layer, Phase::Decode, &inputs.rows(share.clone()))
+    })
+}
+
+/// Runs `work` on every item at once, each in a thread of its own; what each gave, in order.
+pub fn together<I: Send, T: Send>(
+    items: impl IntoIterator<Item = I>,
+    work: impl Fn(I) -> T + Sync,
+) -> Vec<T> {
+    let work = &work;
     thread::scope(|scope| {
-        let calls: Vec<_> = engines
-            .iter_mut()
-            .zip(shares)
-            .map(|(engine, share)| {
-                let inputs = inputs.rows(share.clone());
-                scope.spawn(move || through(engine, layer, Phase::Decode, &inputs))
-            })
-            .collect();
-        let ended = calls.into_iter().map(|call| call.join());
-        ended.map(|call| call.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        let items = items.into_iter();
+        let threads: Vec<_> = items.map(|item| scope.spawn(move || work(item))).collect();
+        let ended = threads.into_iter().map(|thread| thread.join());
+        ended.map(|end| end.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     })
 }
 

@@ -4,11 +4,10 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Barrier;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use ::tests::call::{InProcess, through};
-use ::tests::group::{Group, Spec};
+use ::tests::call::{InProcess, call_of, through};
+use ::tests::group::{Group, Spec, together};
 use ::tests::recorded::{Recorded, RecordedLayer};
 use ::tests::times::percentile;
 use ::tests::worker_process::Worker;
@@ -16,7 +15,7 @@ use anyhow::{Result, ensure};
 use kernels::checkpoint::Checkpoint;
 use kernels::cpu::{CpuDevice, CpuOptions};
 use protocol::client::Engine;
-use protocol::message::{Call, Phase};
+use protocol::message::Phase;
 use reference::layer::{Inputs, Variant};
 
 #[derive(clap::Args)]
@@ -113,45 +112,26 @@ fn with_one_engine(
         // The rows of the first layer serve all: their values are of no matter to the time.
         measure(options.calls, |number| {
             let (layer, inputs) = &inputs[number % inputs.len()];
-            Ok(engine.call(call(*layer, inputs))?)
+            Ok(engine.call(call_of(*layer, Phase::Decode, inputs))?)
         })
     });
     figures.into_iter().collect()
 }
 
-/// The same with an engine on every rank, all of which bring as many tokens; a step is as long as its
-/// slowest call.
+/// The same with an engine on every rank, all of which bring as many tokens; of the slowest rank.
 fn with_all_engines(
     options: &Options,
     layers: &[RecordedLayer],
     engines: &mut [Engine],
 ) -> Result<Vec<[Duration; 2]>> {
     let barrier = Barrier::new(engines.len());
-    let barrier = &barrier;
-    thread::scope(|scope| {
-        let ranks: Vec<_> = engines
-            .iter_mut()
-            .map(|engine| {
-                scope.spawn(move || {
-                    barrier.wait();
-                    with_one_engine(options, layers, engine)
-                })
-            })
-            .collect();
-        let ended = ranks.into_iter().map(|rank| rank.join());
-        let all = ended
-            .map(|rank| rank.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect::<Result<Vec<_>>>()?;
-        let slowest = |at: usize| {
-            let of_rank = |percent: usize| all.iter().map(move |rank| rank[at][percent]).max();
-            [0, 1].map(|percent| of_rank(percent).unwrap_or_default())
-        };
-        Ok((0..TOKENS.len()).map(slowest).collect())
-    })
-}
-
-fn call(layer: u32, inputs: &Inputs) -> Call {
-    let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    let (tokens, top_k) = (number(inputs.tokens()), number(inputs.top_k));
-    Call { layer, tokens, top_k, phase: Phase::Decode }
+    let ranks = together(engines, |engine| {
+        barrier.wait();
+        with_one_engine(options, layers, engine)
+    });
+    let ranks = ranks.into_iter().collect::<Result<Vec<_>>>()?;
+    let slowest = |at: usize| {
+        [0, 1].map(|figure| ranks.iter().map(|rank| rank[at][figure]).max().unwrap_or_default())
+    };
+    Ok((0..TOKENS.len()).map(slowest).collect())
 }

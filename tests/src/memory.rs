@@ -3,7 +3,6 @@
 
 use std::io::{self, Write};
 
-use ::tests::call::attach;
 use ::tests::group::{Group, Spec, call_all};
 use ::tests::plan::Shape;
 use ::tests::random::Random;
@@ -13,7 +12,6 @@ use half::bf16;
 use kernels::checkpoint::Checkpoint;
 use kernels::cpu::slot_bytes;
 use kernels::heap::{HeapLayout, HeapShape};
-use protocol::message::Attach;
 use reference::layer::{Inputs, Variant};
 
 #[derive(clap::Args)]
@@ -48,8 +46,8 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     let checkpoint = Checkpoint::open(folder.path())?;
     let mut fits = true;
     for &ranks in &options.ranks {
-        let spec = Spec { ranks, ..Spec::default() };
-        let spec = Spec { options: vec!["--max-tokens".into(), TOKENS.to_string()], ..spec };
+        let options = vec!["--max-tokens".to_owned(), TOKENS.to_string()];
+        let spec = Spec { ranks, placement: None, options };
         let group = Group::start(folder.path(), &spec)?;
         let loaded = group.workers.iter().map(|worker| Ok(worker.resident()?.peak));
         let peak = largest(loaded)?;
@@ -93,9 +91,7 @@ fn call_every_layer(group: &Group, layers: u32) -> Result<()> {
     let shares: Vec<_> = (0..ranks).map(share).collect();
     for nvfp4 in [false, true] {
         let variant = Variant { nvfp4, weights_in_combine: false };
-        let attach = Attach { max_tokens: TOKENS, ..attach(variant, 0) };
-        let engines = group.workers.iter().map(|worker| worker.attach(&attach));
-        let mut engines = engines.collect::<Result<Vec<_>>>()?;
+        let mut engines = group.engines(variant, TOKENS as usize)?;
         for layer in 0..layers {
             call_all(&mut engines, layer, &inputs, &shares)?;
         }

@@ -8,7 +8,6 @@
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Barrier;
-use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use kernels::checkpoint::Checkpoint;
@@ -20,7 +19,7 @@ use reference::layer::{Inputs, Variant, layer_outputs};
 use reference::model::Model;
 
 use crate::call::{in_process, through};
-use crate::group::Group;
+use crate::group::{Group, together};
 use crate::random::Random;
 use crate::recorded::Recorded;
 
@@ -62,20 +61,8 @@ impl Pool {
     pub fn replay(&self, group: &Group, calls: usize, seed: u64) -> Result<()> {
         let count = group.workers.len();
         let barrier = Barrier::new(count);
-        thread::scope(|scope| {
-            let ranks: Vec<_> = (0..count)
-                .map(|rank| {
-                    let barrier = &barrier;
-                    scope.spawn(move || self.replay_rank(group, rank, (calls, seed), barrier))
-                })
-                .collect();
-            let ended = ranks.into_iter().map(|rank| rank.join());
-            ended
-                .map(|rank| rank.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .collect::<Vec<Result<()>>>()
-                .into_iter()
-                .collect()
-        })
+        let replay = |rank| self.replay_rank(group, rank, (calls, seed), &barrier);
+        together(0..count, replay).into_iter().collect()
     }
 
     fn replay_rank(

@@ -4,7 +4,6 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,7 +24,6 @@ use crate::connection::{Attachment, Connection, State};
 use crate::failure::refusal;
 use crate::limits::{CONNECTIONS_MAX, LINGER};
 use crate::model::Model;
-use crate::pulse::Pulse;
 use crate::socket::Listener;
 use crate::uplink::Uplink;
 use crate::watch::Watch;
@@ -39,10 +37,8 @@ pub struct Rank {
     connections: Vec<Connection>,
     /// Wakes the loop when peers announce a call; none for a rank that is alone.
     watch: Option<Watch>,
-    /// What control is told of this rank.
-    pulse: Arc<Pulse>,
     /// The session with control; none for a worker that nobody is to see.
-    _uplink: Option<Uplink>,
+    uplink: Option<Uplink>,
 }
 
 impl Rank {
@@ -52,10 +48,10 @@ impl Rank {
         max_tokens: u32,
         listener: Listener,
         watch: Option<Watch>,
-        (pulse, uplink): (Arc<Pulse>, Option<Uplink>),
+        uplink: Option<Uplink>,
     ) -> Self {
-        let (connections, _uplink) = (Vec::new(), uplink);
-        Self { device, model, max_tokens, listener, connections, watch, pulse, _uplink }
+        let connections = Vec::new();
+        Self { device, model, max_tokens, listener, connections, watch, uplink }
     }
 
     /// Serves until a byte comes from `stop`; calls whose frames have arrived are answered first.
@@ -95,7 +91,9 @@ impl Rank {
                 self.handle_frames(index);
             }
             self.connections.retain(|connection| !connection.is_over());
-            self.pulse.set_engine(self.engine());
+            if let Some(uplink) = &self.uplink {
+                uplink.pulse.set_engine(self.engine());
+            }
         }
     }
 
@@ -339,13 +337,14 @@ impl Rank {
         // changed the buffer under a running call, or is about to.
         connection.read();
         let early = connection.take_calls();
-        match &ran {
-            Ok(served) => self.pulse.count_answered(|load| {
-                let experts = self.model.experts(served.layer);
-                let ids = (self.device.assigned(), served.top_k);
-                load.count((served.layer, experts, served.phase), ids, served.took);
-            }),
-            Err(_) => self.pulse.count_refused(),
+        if let Some(Uplink { pulse, .. }) = &self.uplink {
+            match &ran {
+                Ok(Served { layer, top_k, phase, took }) => pulse.count_answered(|load| {
+                    let of = (*layer, self.model.experts(*layer), *phase);
+                    load.count(of, (self.device.assigned(), *top_k), *took);
+                }),
+                Err(_) => pulse.count_refused(),
+            }
         }
         match ran {
             Ok(_) => connection.answer(Kind::Done, frame.seq, &[], None),

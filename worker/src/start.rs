@@ -21,7 +21,7 @@ use crate::Rank;
 use crate::config::{Config, ConfigError, DeviceKind, GroupConfig};
 use crate::model::Model;
 use crate::placement::{PlaceError, Placements};
-use crate::pulse::{Pulse, now_ms};
+use crate::pulse::now_ms;
 use crate::socket::Listener;
 use crate::uplink::Uplink;
 use crate::watch::Watch;
@@ -87,14 +87,24 @@ impl Rank {
         for layer in &model.unserved {
             tracing::info!(layer = layer.number, reason = layer.reason, "not served");
         }
-        let mut device: Box<dyn Device> = match (&config.group, config.device.kind) {
+        let group = config.group.as_ref();
+        let placements =
+            group.map(|group| Placements::new(group, checkpoint.layers())).transpose()?;
+        // The group and control know the model by it.
+        let known = group.is_some() || config.control.is_some();
+        let digest = known.then(|| checkpoint.digest()).transpose().map_err(LoadError::from)?;
+        let digest = digest.unwrap_or_default();
+        let grouped = group.zip(placements.as_ref());
+        let mut device: Box<dyn Device> = match (grouped, config.device.kind) {
             (None, DeviceKind::Cpu) => {
                 Box::new(CpuDevice::alone(options, &checkpoint, max_tokens)?)
             }
             (None, DeviceKind::Cuda) => {
                 Box::new(CudaDevice::alone(&config.device.cuda(), &checkpoint)?)
             }
-            (Some(group), _) => Box::new(join(group, options, &checkpoint, max_tokens)?),
+            (Some(grouped), _) => {
+                Box::new(join(grouped, options, (&checkpoint, &digest), max_tokens)?)
+            }
         };
         let heap = Arc::clone(device.group().heap());
         let watch = config.group.is_some().then(|| Watch::start(&heap)).transpose();
@@ -112,35 +122,31 @@ impl Rank {
             loaded_ms = started.elapsed().as_millis(),
             "ready"
         );
-        let pulse = Arc::new(Pulse::new());
         let uplink = config.control.as_ref().map(|control| {
-            let register = register(config, &checkpoint, &model, device.as_mut())?;
-            let pulse = Arc::clone(&pulse);
-            Uplink::start(control.clone(), register, pulse).map_err(StartError::Uplink)
+            let register = register(config, (&model, digest), placements, device.as_mut());
+            Uplink::start(control.clone(), register).map_err(StartError::Uplink)
         });
-        let uplink = uplink.transpose()?;
-        Ok(Self::new(device, model, max_tokens, listener, watch, (pulse, uplink)))
+        Ok(Self::new(device, model, max_tokens, listener, watch, uplink.transpose()?))
     }
 }
 
 /// What control is told of this worker.
 fn register(
     config: &Config,
-    checkpoint: &Checkpoint,
-    model: &Model,
+    (model, digest): (&Model, String),
+    placements: Option<Placements>,
     device: &mut dyn Device,
-) -> Result<Register, StartError> {
+) -> Register {
     let group = config.group.as_ref();
-    let layers = checkpoint.layers();
-    let slots_per_rank = match group {
-        Some(group) => Placements::new(group, layers)?.slots_per_rank(),
-        None => layers.iter().map(|layer| layer.shape.experts).max().unwrap_or(0),
+    let slots_per_rank = match placements {
+        Some(placements) => placements.slots_per_rank(),
+        None => model.layers.iter().map(|layer| layer.experts).max().unwrap_or(0),
     };
     let act = match model.no_nvfp4 {
         None => vec![ActFormat::Bf16, ActFormat::Nvfp4],
         Some(_) => vec![ActFormat::Bf16],
     };
-    Ok(Register {
+    Register {
         version: SESSION_VERSION,
         group: group.map_or_else(|| model.name.clone(), |group| group.name.clone()),
         rank: device.group().rank(),
@@ -152,25 +158,24 @@ fn register(
         device: device.describe(),
         model: ModelInfo {
             name: model.name.clone(),
-            digest: checkpoint.digest().map_err(LoadError::from)?,
+            digest,
             act,
             layers: model.layers.clone(),
             unserved: model.unserved.clone(),
         },
         slots_per_rank,
         max_tokens: config.engine.max_tokens,
-    })
+    }
 }
 
 /// Loads this rank's slots and joins the group: last, so that nobody waits for a rank that loads.
 fn join(
-    group: &GroupConfig,
+    (group, placements): (&GroupConfig, &Placements),
     options: CpuOptions,
-    checkpoint: &Checkpoint,
+    (checkpoint, digest): (&Checkpoint, &str),
     max_tokens: u32,
 ) -> Result<CpuDevice, StartError> {
     let layers = checkpoint.layers();
-    let placements = Placements::new(group, layers)?;
     let mut slots = CpuSlots::new(options).map_err(LoadError::from)?;
     for position in 0..layers.len() {
         slots.load(checkpoint, position, placements.slots(position, group.rank))?;
@@ -181,7 +186,7 @@ fn join(
         ("protocol version", VERSION.to_string()),
         ("ranks", group.ranks.to_string()),
         ("max_tokens", max_tokens.to_string()),
-        ("model digest", checkpoint.digest().map_err(LoadError::from)?),
+        ("model digest", digest.to_owned()),
         ("placement digest", placements.digest()),
         ("instruction set", options.chosen_isa().to_string()),
         ("tactic", device(options.tactic.map(|tactic| tactic.to_string()))),

@@ -23,6 +23,8 @@ use crate::pulse::Pulse;
 /// Ends the session when dropped.
 #[derive(Debug)]
 pub(crate) struct Uplink {
+    /// What control is told of the rank.
+    pub(crate) pulse: Arc<Pulse>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -52,11 +54,9 @@ enum Lost {
 
 impl Uplink {
     /// Starts the thread.
-    pub(crate) fn start(
-        config: ControlConfig,
-        register: Register,
-        pulse: Arc<Pulse>,
-    ) -> io::Result<Self> {
+    pub(crate) fn start(config: ControlConfig, register: Register) -> io::Result<Self> {
+        let told = Arc::new(Pulse::new());
+        let pulse = Arc::clone(&told);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let windows = Windows {
@@ -67,7 +67,7 @@ impl Uplink {
         };
         let dialler = Dialler { config, register, windows, stop: stopped };
         let thread = thread::Builder::new().name("uplink".to_owned()).spawn(|| dialler.run())?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { pulse: told, stop, thread: Some(thread) })
     }
 }
 
