@@ -42,7 +42,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(worker))
         .routes(routes!(groups))
         .routes(routes!(layers))
-        .routes(routes!(windows::windows))
+        .routes(routes!(windows::windows, windows::close))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
 }
@@ -89,30 +89,25 @@ struct Part {
     cursor: Option<String>,
 }
 
-impl Part {
-    fn limit(&self) -> Result<usize, ApiError> {
-        match self.limit {
-            None => Ok(PAGE_DEFAULT),
-            Some(limit) if (1..=PAGE_MAX).contains(&limit) => Ok(limit),
-            Some(limit) => {
-                let expected = format!("1 to {PAGE_MAX}");
-                Err(ApiError::Value { name: "limit", value: limit.to_string(), expected })
-            }
+fn checked_limit(limit: Option<usize>) -> Result<usize, ApiError> {
+    match limit {
+        None => Ok(PAGE_DEFAULT),
+        Some(limit) if (1..=PAGE_MAX).contains(&limit) => Ok(limit),
+        Some(limit) => {
+            let expected = format!("1 to {PAGE_MAX}");
+            Err(ApiError::Value { name: "limit", value: limit.to_string(), expected })
         }
     }
+}
 
+impl Part {
     /// Group and rank of the last item before the part: `GROUP:RANK`.
     fn after(&self) -> Result<Option<(String, u32)>, ApiError> {
         let Some(cursor) = &self.cursor else { return Ok(None) };
         let place = cursor
             .rsplit_once(':')
             .and_then(|(group, rank)| Some((group.to_owned(), rank.parse().ok()?)));
-        let wrong = || ApiError::Value {
-            name: "cursor",
-            value: cursor.clone(),
-            expected: "`next` of the part before".to_owned(),
-        };
-        place.map(Some).ok_or_else(wrong)
+        place.map(Some).ok_or_else(|| ApiError::cursor(cursor))
     }
 }
 
@@ -123,7 +118,7 @@ async fn workers(
     State(state): State<Shared>,
     QueryOf(part): QueryOf<Part>,
 ) -> Result<Json<Page<WorkerView>>, ApiError> {
-    let (limit, after) = (part.limit()?, part.after()?);
+    let (limit, after) = (checked_limit(part.limit)?, part.after()?);
     let (now, patience) = (now_ms(), state.patience_ms());
     let fleet = state.fleet();
     let from = after.as_ref().map_or(Bound::Unbounded, |(group, _)| Bound::Included(group.clone()));
@@ -185,9 +180,8 @@ async fn layers(
     PathOf(group): PathOf<String>,
 ) -> Result<Json<Vec<LayerView>>, ApiError> {
     let fleet = state.fleet();
-    let worker = fleet.groups.get(&group).and_then(|ranks| ranks.values().next());
-    let worker = worker.ok_or(ApiError::NotFound { what: "group", name: group })?;
-    let model = &worker.register.model;
+    let model = fleet.model_of(&group);
+    let model = model.ok_or(ApiError::NotFound { what: "group", name: group })?;
     let mut all: Vec<LayerView> = model.layers.iter().map(LayerView::from).collect();
     all.extend(model.unserved.iter().map(LayerView::from));
     all.sort_by_key(LayerView::number);

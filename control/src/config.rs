@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    HEARTBEAT_MS_DEFAULT, LISTEN_DEFAULT, WINDOW_MS_DEFAULT, WINDOWS_HOURS_DEFAULT,
+    HEARTBEAT_MS_DEFAULT, HOURS_DAYS_DEFAULT, LISTEN_DEFAULT, WINDOW_MS_DEFAULT,
+    WINDOWS_HOURS_DEFAULT,
 };
 
 /// A complete configuration.
@@ -23,8 +24,10 @@ pub struct Config {
     pub heartbeat_ms: u64,
     /// Milliseconds of a window of load.
     pub window_ms: u64,
-    /// Hours that windows are kept.
+    /// Hours that windows are kept before they are added up by the hour.
     pub windows_hours: u64,
+    /// Days that those sums are kept.
+    pub hours_days: u64,
     /// What is logged, such as `info` or `control=debug`.
     pub log: String,
 }
@@ -43,6 +46,8 @@ pub struct Settings {
     pub window_ms: Option<u64>,
     /// See [`Config::windows_hours`].
     pub windows_hours: Option<u64>,
+    /// See [`Config::hours_days`].
+    pub hours_days: Option<u64>,
     /// See [`Config::log`].
     pub log: Option<String>,
 }
@@ -120,18 +125,22 @@ impl Settings {
         }
         let heartbeat_ms = self.heartbeat_ms.or(file.heartbeat_ms).unwrap_or(HEARTBEAT_MS_DEFAULT);
         let window_ms = self.window_ms.or(file.window_ms).unwrap_or(WINDOW_MS_DEFAULT);
-        let hours = self.windows_hours.or(file.windows_hours).unwrap_or(WINDOWS_HOURS_DEFAULT);
+        let windows_hours = self.windows_hours.or(file.windows_hours);
+        let windows_hours = windows_hours.unwrap_or(WINDOWS_HOURS_DEFAULT);
+        let hours_days = self.hours_days.or(file.hours_days).unwrap_or(HOURS_DAYS_DEFAULT);
         for (key, value, range, expected) in [
             ("heartbeat_ms", heartbeat_ms, 10..=60_000, "10 to 60000"),
             ("window_ms", window_ms, 100..=3_600_000, "100 to 3600000"),
-            ("windows_hours", hours, 1..=87_600, "1 to 87600"),
+            ("windows_hours", windows_hours, 1..=8_760, "1 to 8760"),
+            ("hours_days", hours_days, 1..=3_650, "1 to 3650"),
         ] {
             if !range.contains(&value) {
                 return Err(ConfigError::Value { key, value: value.to_string(), expected });
             }
         }
         let log = self.log.or(file.log).unwrap_or_else(|| "info".to_owned());
-        Ok(Config { data, listen: address, heartbeat_ms, window_ms, windows_hours: hours, log })
+        let listen = address;
+        Ok(Config { data, listen, heartbeat_ms, window_ms, windows_hours, hours_days, log })
     }
 }
 

@@ -2,12 +2,18 @@
 //! output, and the time is told.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use protocol::session::{Heartbeat, Register, SESSION_VERSION, SESSION_VERSION_OLDEST};
-use tokio::sync::Notify;
+use protocol::session::{Heartbeat, ModelInfo, Register, SESSION_VERSION, SESSION_VERSION_OLDEST};
+use tokio::sync::mpsc;
 
-use crate::limits::{NAME_BYTES_MAX, RANKS_MAX};
+use crate::limits::{COMMANDS_MAX, NAME_BYTES_MAX, RANKS_MAX};
+
+/// What a session is to do.
+#[derive(Debug, Clone)]
+pub(crate) enum Command {
+    /// Have the worker's window closed, and give the rank to `closed` once that window is stored.
+    CloseWindow { mark_ms: u64, closed: mpsc::Sender<u32> },
+}
 
 /// Why a registration was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -29,8 +35,8 @@ pub(crate) struct Worker {
     pub(crate) first_seen_ms: u64,
     pub(crate) last_seen_ms: u64,
     pub(crate) heartbeat: Option<Heartbeat>,
-    /// The session that speaks for it, told when a newer one takes its place.
-    session: Option<(u64, Arc<Notify>)>,
+    /// The session that speaks for it, by number, and how to have it do something.
+    session: Option<(u64, mpsc::Sender<Command>)>,
     /// Whether its registration is in the store: nothing is shown that a restart would forget.
     kept: bool,
 }
@@ -57,8 +63,8 @@ pub(crate) struct Fleet {
 #[derive(Debug)]
 pub(crate) struct Admitted {
     pub(crate) session: u64,
-    /// Notified when a newer session speaks for the rank.
-    pub(crate) replaced: Arc<Notify>,
+    /// What it is to do; closed when a newer session speaks for the rank.
+    pub(crate) commands: mpsc::Receiver<Command>,
 }
 
 impl Fleet {
@@ -98,22 +104,20 @@ impl Fleet {
             other.speaks(now_ms, patience_ms) || check_same(register, &other.register).is_ok()
         });
         self.sessions += 1;
-        let (session, replaced) = (self.sessions, Arc::new(Notify::new()));
+        let (session, (command, commands)) = (self.sessions, mpsc::channel(COMMANDS_MAX));
+        // A session that speaks for it ends with its sender.
         let before = group.remove(&rank);
-        let first_seen_ms = before.as_ref().map_or(now_ms, |before| before.first_seen_ms);
-        if let Some((_, replaced)) = before.and_then(|before| before.session) {
-            replaced.notify_one();
-        }
+        let first_seen_ms = before.map_or(now_ms, |before| before.first_seen_ms);
         let worker = Worker {
             register: register.clone(),
             first_seen_ms,
             last_seen_ms: now_ms,
             heartbeat: None,
-            session: Some((session, Arc::clone(&replaced))),
+            session: Some((session, command)),
             kept: false,
         };
         group.insert(rank, worker);
-        Ok(Admitted { session, replaced })
+        Ok(Admitted { session, commands })
     }
 
     /// A registration is in the store.
@@ -146,6 +150,25 @@ impl Fleet {
     fn of_session(&mut self, of: &Register, session: u64) -> Option<&mut Worker> {
         let worker = self.groups.get_mut(&of.group)?.get_mut(&of.rank)?;
         worker.session.as_ref().is_some_and(|(own, _)| *own == session).then_some(worker)
+    }
+
+    /// What a group serves.
+    pub(crate) fn model_of(&self, group: &str) -> Option<&ModelInfo> {
+        self.groups.get(group)?.values().next().map(|worker| &worker.register.model)
+    }
+
+    /// Has the sessions of a group do something, those whose workers know it since `version`; none if
+    /// there is no such group, otherwise its number of ranks.
+    pub(crate) fn command(&self, group: &str, version: u32, command: &Command) -> Option<u32> {
+        let group = self.groups.get(group)?;
+        let able = group.values().filter(|worker| worker.register.version >= version);
+        for (_, commands) in able.filter_map(|worker| worker.session.as_ref()) {
+            // A session that is so far behind is as good as lost.
+            if let Err(error) = commands.try_send(command.clone()) {
+                tracing::warn!(%error, "a session does not take commands");
+            }
+        }
+        group.values().map(|worker| worker.register.ranks).max()
     }
 
     /// The ranks of each group that are not there, of groups that lack any.
@@ -207,7 +230,6 @@ fn check_same(new: &Register, known: &Register) -> Result<(), Refusal> {
 #[cfg(test)]
 pub(crate) mod tests {
     use protocol::message::{ActFormat, ServedLayer};
-    use protocol::session::ModelInfo;
 
     use super::*;
 
@@ -243,10 +265,12 @@ pub(crate) mod tests {
     #[test]
     fn a_later_process_takes_the_place_of_an_earlier_one_and_not_the_reverse() {
         let mut fleet = Fleet::default();
-        let old = fleet.admit(&register(0, 10), 0, PATIENCE).unwrap();
+        let mut old = fleet.admit(&register(0, 10), 0, PATIENCE).unwrap();
         let new = fleet.admit(&register(0, 20), 1, PATIENCE).unwrap();
         let beat = Heartbeat { engine: Default::default(), calls: 3, refused: 0 };
         assert!(!fleet.hear(&register(0, 10), old.session, 2, beat), "the old one is not heard");
+        assert!(old.commands.try_recv().is_err() && old.commands.is_closed());
+        assert!(!new.commands.is_closed());
         assert!(fleet.hear(&register(0, 20), new.session, 2, beat));
         assert_eq!(fleet.leave(&register(0, 10), old.session), None);
         let refused = fleet.admit(&register(0, 15), 3, PATIENCE).unwrap_err();
@@ -265,7 +289,7 @@ pub(crate) mod tests {
             fleet.admit(&other, 0, PATIENCE).unwrap_err().to_string()
         };
         let cases: [(Change, &str); 7] = [
-            (|r| r.version = 9, "session version is 9, expected 1 to 1"),
+            (|r| r.version = 9, "session version is 9, expected 1 to 2"),
             (|r| r.group = "a/b".to_owned(), "the group's name is a/b, expected 1 to 64 letters"),
             (|r| r.ranks = 0, "ranks is 0, expected 1 to 1024"),
             (|r| r.rank = 2, "rank is 2, expected 0 to 1"),

@@ -11,14 +11,23 @@ pub const HEARTBEAT_MS_DEFAULT: u64 = 1_000;
 /// seconds.
 pub const WINDOW_MS_DEFAULT: u64 = 10_000;
 
-/// How long windows are kept, unless configured: a week shows every daily and weekly pattern.
-pub const WINDOWS_HOURS_DEFAULT: u64 = 168;
+/// How long windows are kept before they become hours, unless configured: a day of 61 layers of 256
+/// experts in two phases takes a gigabyte.
+pub const WINDOWS_HOURS_DEFAULT: u64 = 24;
 
-/// How often what is too old is forgotten.
+/// How long hours are kept, unless configured: a quarter shows every weekly pattern, and takes less than
+/// the day of windows.
+pub const HOURS_DAYS_DEFAULT: u64 = 90;
+
+/// How often what is old becomes hours, and what is too old is forgotten.
 pub const FORGET_SECONDS: u64 = 600;
 
-/// Rows of windows that one request looks at: 61 layers of 64 ranks in two phases, twice.
-pub const WINDOW_ROWS_MAX: u32 = 16_384;
+/// Longest wait for all ranks of a group to close a window: they look for it ten times a second, and may
+/// have others to tell first.
+pub const CLOSE_SECONDS_MAX: u64 = 10;
+
+/// Commands that may wait for a session.
+pub const COMMANDS_MAX: usize = 64;
 
 /// Largest count of a window: the sum of a thousand such is still exact in JSON readers.
 pub const COUNT_MAX: u64 = 1 << 43;

@@ -50,9 +50,12 @@ struct Options {
     /// Milliseconds of a window of load.
     #[arg(long)]
     window_ms: Option<u64>,
-    /// Hours that windows are kept.
+    /// Hours that windows are kept before they are added up by the hour.
     #[arg(long)]
     windows_hours: Option<u64>,
+    /// Days that those sums are kept.
+    #[arg(long)]
+    hours_days: Option<u64>,
     /// What is logged, such as info or control=debug.
     #[arg(long)]
     log: Option<String>,
@@ -60,9 +63,12 @@ struct Options {
 
 impl Options {
     fn config(self) -> Result<Config, ConfigError> {
-        let Self { config, data, listen, heartbeat_ms, window_ms, windows_hours, log } = self;
+        let Self { config, data, listen, heartbeat_ms, window_ms, .. } = self;
+        let Self { windows_hours, hours_days, log, .. } = self;
         let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
-        Settings { data, listen, heartbeat_ms, window_ms, windows_hours, log }.over(file)
+        let options =
+            Settings { data, listen, heartbeat_ms, window_ms, windows_hours, hours_days, log };
+        options.over(file)
     }
 }
 

@@ -17,6 +17,7 @@ use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::FORGET_SECONDS;
 use crate::state::{State, now_ms};
+use crate::store::windows::HOUR_MS;
 use crate::store::{Store, StoreError};
 
 /// Names in the data folder.
@@ -122,16 +123,19 @@ impl Server {
     }
 }
 
-/// Forgets windows that are too old, again and again.
+/// Makes old windows hours, and forgets hours that are too old, again and again.
 async fn forget(state: Arc<State>) {
-    let keep_ms = state.config.windows_hours * 3_600_000;
+    let Config { windows_hours, hours_days, .. } = state.config;
+    let before = |hours: u64| now_ms().saturating_sub(hours * HOUR_MS);
     let mut time = tokio::time::interval(Duration::from_secs(FORGET_SECONDS));
     loop {
         time.tick().await;
-        match state.store.forget_windows(now_ms().saturating_sub(keep_ms)).await {
-            Ok(rows) => tracing::debug!(rows, "windows were forgotten"),
-            Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "old windows stay");
+        let rolled_up = state.store.roll_up(before(windows_hours)).await;
+        let forgotten = state.store.forget_hours(before(hours_days * 24)).await;
+        match (rolled_up, forgotten) {
+            (Ok(made), Ok(forgotten)) => tracing::debug!(made, forgotten, "hours of load"),
+            (Err(error), _) | (_, Err(error)) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "old load stays");
             }
         }
     }

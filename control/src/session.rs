@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket};
 use protocol::session::{FromControl, FromWorker, Register, SESSION_VERSION, Window};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
-use crate::fleet::{Admitted, Refusal};
+use crate::fleet::{Admitted, Command, Refusal};
 use crate::limits::{COUNT_MAX, REGISTER_SECONDS_MAX};
 use crate::state::{Shared, now_ms};
 use crate::store::StoreError;
@@ -61,14 +61,14 @@ async fn greet(state: &Shared, socket: &mut WebSocket) -> Result<(), Ended> {
         Err(_elapsed) => return Err(Ended::Order { got: "nothing", expected }),
     };
     let now = now_ms();
-    let admitted = state.fleet().admit(&register, now, state.patience_ms())?;
+    let mut admitted = state.fleet().admit(&register, now, state.patience_ms())?;
     let kept = state.store.keep_worker(&register, now).await;
     let (group, rank) = (&register.group, register.rank);
     tracing::info!(group, rank, pid = register.pid, host = register.host, "a worker registered");
     let ended = match kept {
         Ok(()) => {
             state.fleet().keep(&register, admitted.session);
-            serve(state, socket, &register, &admitted).await
+            serve(state, socket, &register, &mut admitted).await
         }
         Err(error) => Err(error.into()),
     };
@@ -84,13 +84,15 @@ async fn serve(
     state: &Shared,
     socket: &mut WebSocket,
     register: &Register,
-    admitted: &Admitted,
+    admitted: &mut Admitted,
 ) -> Result<(), Ended> {
     let Config { heartbeat_ms, window_ms, .. } = state.config;
-    say(socket, &FromControl::Welcome { version: SESSION_VERSION, heartbeat_ms, window_ms })
-        .await?;
+    let version = register.version.min(SESSION_VERSION);
+    say(socket, &FromControl::Welcome { version, heartbeat_ms, window_ms }).await?;
     let patience_ms = state.patience_ms();
     let mut stop = state.stop.clone();
+    // Who waits for the end of which window.
+    let mut closing: Vec<(u64, mpsc::Sender<u32>)> = Vec::new();
     loop {
         let silent = tokio::time::sleep(Duration::from_millis(patience_ms));
         tokio::select! {
@@ -102,15 +104,29 @@ async fn serve(
                 }
                 Some(FromWorker::Window(window)) => {
                     check_window(register, &window)?;
-                    state.store.keep_window(register, &window).await?;
+                    let end_ms = end_of(&window, window_ms);
+                    state.store.keep_window(register, &window, end_ms).await?;
                     say(socket, &FromControl::Kept { number: window.number }).await?;
+                    for (_, closed) in closing.extract_if(.., |(mark_ms, _)| {
+                        window.closed_by == Some(*mark_ms)
+                    }) {
+                        if closed.try_send(register.rank).is_err() {
+                            tracing::debug!("whoever asked for the window has gone");
+                        }
+                    }
                 }
                 Some(FromWorker::Register(_)) => {
                     return Err(Ended::Order { got: "a registration", expected: "a heartbeat" });
                 }
                 None => return Ok(()),
             },
-            () = admitted.replaced.notified() => return Err(Ended::Replaced),
+            command = admitted.commands.recv() => match command {
+                Some(Command::CloseWindow { mark_ms, closed }) => {
+                    say(socket, &FromControl::Close { mark_ms }).await?;
+                    closing.push((mark_ms, closed));
+                }
+                None => return Err(Ended::Replaced),
+            },
             () = silent => return Err(Ended::Silent { patience_ms }),
             () = stopped(&mut stop) => return Ok(()),
         }
@@ -122,11 +138,24 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     drop(stop.wait_for(|stop| *stop).await);
 }
 
+/// The end by which windows of ranks are one: when control asked for it, otherwise the last multiple of
+/// their length that the clock has shown in them. A worker that ends closes its last one without either.
+fn end_of(window: &Window, window_ms: u64) -> u64 {
+    let Window { start_ms, end_ms, closed_by, .. } = *window;
+    // A timer may go off a little early.
+    let by_clock = (end_ms + window_ms / 20) / window_ms * window_ms;
+    closed_by.unwrap_or(if by_clock > start_ms { by_clock } else { end_ms })
+}
+
 /// Refuses a window that the registered model cannot have.
 fn check_window(register: &Register, window: &Window) -> Result<(), Ended> {
     let number = window.number;
     let wrong =
         |what, got: String, expected: String| Err(Ended::Window { number, what, got, expected });
+    let latest = window.end_ms.max(window.closed_by.unwrap_or(0));
+    if latest > COUNT_MAX {
+        return wrong("the end", latest.to_string(), format!("at most {COUNT_MAX}"));
+    }
     if window.start_ms > window.end_ms {
         let expected = format!("at least its begin {}", window.start_ms);
         return wrong("the end", window.end_ms.to_string(), expected);
@@ -163,6 +192,28 @@ async fn hear(socket: &mut WebSocket) -> Result<Option<FromWorker>, Ended> {
                 return Err(Ended::Order { got: "a binary frame", expected: "JSON text" });
             }
             Some(Message::Close(_)) | None => return Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_of_ranks_are_one_by_the_clock_or_by_command() {
+        let cases = [
+            // Late or a little early, whatever it began with.
+            ((0, 10_090, None), 10_000),
+            ((9_000, 9_990, None), 10_000),
+            ((0, 31_000, None), 30_000),
+            // The last of a worker that ends between two multiples.
+            ((10_500, 14_000, None), 14_000),
+            ((10_500, 10_510, Some(10_499)), 10_499),
+        ];
+        for ((start_ms, end_ms, closed_by), expected) in cases {
+            let window = Window { number: 1, start_ms, end_ms, closed_by, layers: Vec::new() };
+            assert_eq!(end_of(&window, 10_000), expected, "{window:?}");
         }
     }
 }

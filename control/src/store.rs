@@ -39,6 +39,17 @@ pub enum StoreError {
         #[source]
         source: serde_json::Error,
     },
+    /// The same.
+    #[error("the load of layer {layer} that ended at {end_ms} cannot be read")]
+    Load {
+        /// The layer.
+        layer: u32,
+        /// The end, in milliseconds since 1970.
+        end_ms: i64,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
     /// A number that SQLite has no room for.
     #[error("{0} does not fit the database")]
     Number(u64),

@@ -3,12 +3,14 @@
 use std::fs;
 
 use protocol::message::Phase;
+use protocol::session::{FromControl, Register, SESSION_VERSION, Window};
 use reference::compare::Comparison;
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::call::through;
 use tests::case::Case;
 use tests::control_process::Control;
+use tests::fake_worker::{FakeWorker, layer_window, register};
 use tests::group::{Group, Spec, call_all, random_placement, uneven};
 use tests::random::Random;
 use tests::worker_process::{Worker, until};
@@ -51,24 +53,38 @@ fn until_all(control: &Control, condition: impl Fn(&Value) -> bool) {
     .unwrap();
 }
 
-/// Tokens and rows of each expert in a group's windows that ended later than `after_ms`, once they have
-/// so many calls.
+/// Sums over a list of windows: calls, tokens, and the rows of each expert.
+fn sums(windows: &Value) -> (u64, u64, Vec<u64>) {
+    let windows = windows["items"].as_array().unwrap();
+    let sum = |key: &str| windows.iter().filter_map(|window| window[key].as_u64()).sum();
+    let mut counts: Vec<u64> = Vec::new();
+    for window in windows {
+        let of_window: Vec<u64> = serde_json::from_value(window["expert_tokens"].clone()).unwrap();
+        counts.resize(of_window.len(), 0);
+        counts.iter_mut().zip(of_window).for_each(|(sum, count)| *sum += count);
+    }
+    (sum("calls"), sum("tokens"), counts)
+}
+
+/// Tokens and rows of each expert in a group's windows, once they have so many calls.
 #[track_caller]
-fn until_counted(control: &Control, group: &str, after_ms: u64, calls: u64) -> (u64, Vec<u64>) {
+fn until_counted(control: &Control, group: &str, calls: u64) -> (u64, Vec<u64>) {
     until("windows of load", || {
-        let path = format!("/api/v1/groups/{group}/windows?after_ms={after_ms}");
-        let (_, page) = control.get(&path)?;
-        let windows = page["items"].as_array().cloned().unwrap_or_default();
-        let sum = |key: &str| windows.iter().filter_map(|window| window[key].as_u64()).sum::<u64>();
-        let mut counts: Vec<u64> = Vec::new();
-        for window in &windows {
-            let of_window: Vec<u64> = serde_json::from_value(window["expert_tokens"].clone())?;
-            counts.resize(of_window.len(), 0);
-            counts.iter_mut().zip(of_window).for_each(|(sum, count)| *sum += count);
-        }
-        Ok((sum("calls") == calls).then(|| (sum("tokens"), counts)))
+        let (_, windows) = control.get(&format!("/api/v1/groups/{group}/windows"))?;
+        let (counted, tokens, counts) = sums(&windows);
+        Ok((counted == calls).then_some((tokens, counts)))
     })
     .unwrap()
+}
+
+/// Closes the open windows of all ranks of the group `g`; their end.
+#[track_caller]
+fn close(control: &Control, ranks: u32) -> u64 {
+    let (status, closed) = control.post("/api/v1/groups/g/windows").unwrap();
+    assert_eq!(status, 200, "{closed}");
+    assert_eq!(closed["ranks"], json!((0..ranks).collect::<Vec<_>>()), "{closed}");
+    assert_eq!(closed["missing"], json!([]));
+    closed["end_ms"].as_u64().unwrap()
 }
 
 /// Rows with an expert, and the rows of each expert.
@@ -91,12 +107,12 @@ fn workers_are_seen_with_what_they_are() {
         assert_eq!((&worker["group"], worker["rank"].as_u64()), (&"g".into(), Some(rank as u64)));
         assert_eq!(worker["pid"].as_u64(), Some(group.workers[rank].pid().into()));
         assert_eq!(worker["model"], "skewed_e16_k4_h256_i64_t300");
-        assert_eq!(worker["act"], serde_json::json!(["bf16", "nvfp4"]));
+        assert_eq!(worker["act"], json!(["bf16", "nvfp4"]));
         assert_eq!((&worker["ranks"], &worker["slots_per_rank"]), (&3.into(), &6.into()));
         assert_says(worker["device"].as_str().unwrap(), &["cpu, "]);
     }
     let (_, groups) = control.get("/api/v1/groups").unwrap();
-    assert_eq!(groups[0]["missing"], serde_json::json!([]));
+    assert_eq!(groups[0]["missing"], json!([]));
     // Calls and engines show with a heartbeat.
     let mut engines = group.engines(BF16, 4).unwrap();
     let inputs = Case::open(&skewed()).unwrap().inputs.rows(0..4);
@@ -178,7 +194,7 @@ fn calls_go_on_without_control_which_comes_back_with_all_it_knew() {
     // With the first heartbeat, the calls that were made meanwhile.
     until_all(&control, |worker| worker["state"] == "connected" && worker["calls"] == 1);
     // And the load of those calls, which the workers had kept.
-    let (tokens, counts) = until_counted(&control, "g", 0, 2);
+    let (tokens, counts) = until_counted(&control, "g", 2);
     assert_eq!((tokens, counts), load_of(&case.inputs.ids, 4, 16));
     // And an orderly end: nobody holds it up.
     control.signal(Signal::TERM).unwrap();
@@ -196,7 +212,7 @@ fn a_worker_with_another_credential_or_model_is_refused_and_serves_on() {
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let worker = Worker::start(&skewed(), &options).unwrap();
     until("a refusal in the log", || Ok(worker.log().contains("401").then_some(()))).unwrap();
-    assert_eq!(control.get("/api/v1/workers").unwrap().1["items"], serde_json::json!([]));
+    assert_eq!(control.get("/api/v1/workers").unwrap().1["items"], json!([]));
     let inputs = Case::open(&skewed()).unwrap().inputs.rows(0..4);
     let mut engine = worker.engine(BF16, 4).unwrap();
     through(&mut engine, 0, Phase::Decode, &inputs).unwrap();
@@ -212,6 +228,7 @@ fn bad_requests_are_problems_that_name_the_value() {
         ("/api/v1/workers?limit=many", 400, "query", "limit"),
         ("/api/v1/workers?cursor=here", 400, "value", "cursor is here, expected `next`"),
         ("/api/v1/groups/none/layers", 404, "not_found", "there is no group none"),
+        ("/api/v1/groups/none/windows", 404, "not_found", "there is no group none"),
         ("/nowhere", 404, "not_found", "there is no path /nowhere"),
         ("/api/v1/session", 401, "credential", "credential"),
     ] {
@@ -222,14 +239,13 @@ fn bad_requests_are_problems_that_name_the_value() {
 }
 
 /// C22: a window has each live assignment once, on any number of ranks, with redundant slots, whoever
-/// is masked; and it is not lost when the workers end.
+/// is masked.
 #[test]
 fn windows_count_each_live_assignment_once() {
     let expected = fs::read(data("field/eplb/load_counters/expected_counts.json")).unwrap();
     let expected: Value = serde_json::from_slice(&expected).unwrap();
     let control = Control::start().unwrap();
     let mut random = Random::new(22);
-    let mut after_ms = 0;
     for name in ["holes_e8_k4_h128_i64", "masked_e8_k2_h256_i128", "e7_k2_h256_i512"] {
         let case = Case::open(&data("moe-golden").join(name)).unwrap();
         let counts: Vec<u64> =
@@ -239,24 +255,97 @@ fn windows_count_each_live_assignment_once() {
             let placement = Some(vec![random_placement(counts.len(), ranks, slots, &mut random)]);
             let ranks = u32::try_from(ranks).unwrap();
             let spec = Spec { ranks, placement, options: control.options() };
-            let mut group = Group::start(&case.dir, &spec).unwrap();
+            let group = Group::start(&case.dir, &spec).unwrap();
             until_connected(&control, ranks as usize);
+            let after_ms = close(&control, ranks);
             let tokens = case.inputs.tokens();
             let mut engines = group.engines(BF16, tokens).unwrap();
             call_all(&mut engines, 0, &case.inputs, &uneven(tokens, ranks as usize)).unwrap();
-            // Their last windows are told before they end.
-            for worker in &mut group.workers {
-                worker.signal(Signal::TERM).unwrap();
-                worker.wait().unwrap();
-            }
-            let counted = until_counted(&control, "g", after_ms, ranks.into());
-            let case_load = load_of(&case.inputs.ids, case.inputs.top_k, counts.len());
-            assert_eq!(counted, case_load, "{name} on {ranks} ranks");
-            assert_eq!(counted.1, counts, "{name}");
-            let (_, page) =
-                control.get(&format!("/api/v1/groups/g/windows?after_ms={after_ms}")).unwrap();
-            let ends = page["items"].as_array().unwrap().iter().map(|w| w["end_ms"].as_u64());
-            after_ms = ends.max().unwrap().unwrap();
+            let end_ms = close(&control, ranks);
+            let path = format!("/api/v1/groups/g/windows?after_ms={after_ms}&until_ms={end_ms}");
+            let (_, windows) = control.get(&path).unwrap();
+            let (tokens, of_case) = load_of(&case.inputs.ids, case.inputs.top_k, counts.len());
+            assert_eq!(of_case, counts, "{name}");
+            assert_eq!(sums(&windows), (ranks.into(), tokens, counts.clone()), "{name} on {ranks}");
         }
     }
+}
+
+#[test]
+fn a_worker_that_ends_tells_its_last_window() {
+    let control = Control::start().unwrap();
+    let mut group = group(&control, 2);
+    until_connected(&control, 2);
+    let case = Case::open(&skewed()).unwrap();
+    let mut engines = group.engines(BF16, 300).unwrap();
+    call_all(&mut engines, 0, &case.inputs, &uneven(300, 2)).unwrap();
+    for worker in &mut group.workers {
+        worker.signal(Signal::TERM).unwrap();
+        worker.wait().unwrap();
+    }
+    assert_eq!(until_counted(&control, "g", 2), load_of(&case.inputs.ids, 4, 16));
+}
+
+/// A worker of the version before is let in, and told nothing that it does not know.
+#[test]
+fn ranks_that_cannot_close_a_window_are_named_and_the_others_do() {
+    let control = Control::start_patient().unwrap();
+    let (_old, version) =
+        FakeWorker::dial(&control, Register { version: 1, ..register(("g", 0, 3), 2, 8) }).unwrap();
+    assert_eq!(version, 1);
+    let (mut new, version) = FakeWorker::dial(&control, register(("g", 2, 3), 2, 8)).unwrap();
+    assert_eq!(version, SESSION_VERSION);
+    let closed = std::thread::scope(|scope| {
+        let closing = scope.spawn(|| control.post("/api/v1/groups/g/windows").unwrap());
+        let FromControl::Close { mark_ms } = new.hear().unwrap() else { panic!("no close") };
+        let layers = vec![layer_window(1, Phase::Decode, vec![5; 8])];
+        let (number, start_ms, end_ms) = (1, mark_ms - 50, mark_ms + 1);
+        new.tell(Window { number, start_ms, end_ms, closed_by: Some(mark_ms), layers }).unwrap();
+        closing.join().unwrap()
+    });
+    assert_eq!((&closed.1["ranks"], &closed.1["missing"]), (&json!([2]), &json!([0, 1])));
+    let path = format!("/api/v1/groups/g/windows?until_ms={}", closed.1["end_ms"]);
+    let (_, windows) = control.get(&path).unwrap();
+    assert_eq!(sums(&windows), (1, 10, vec![5; 8]));
+    assert_eq!(
+        (&windows["items"][0]["ranks"], &windows["items"][0]["layer"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(control.post("/api/v1/groups/none/windows").unwrap().0, 404);
+}
+
+#[test]
+fn windows_come_in_parts() {
+    let control = Control::start_patient().unwrap();
+    let (mut worker, _) = FakeWorker::dial(&control, register(("g", 0, 1), 3, 4)).unwrap();
+    for end in 1..=3_u64 {
+        let layer = |layer| layer_window(layer, Phase::Prefill, vec![end; 4]);
+        let layers = (0..3).map(layer).collect();
+        let (number, closed_by) = (1, Some(end * 1_000));
+        let window = Window { number, start_ms: 0, end_ms: end * 1_000, closed_by, layers };
+        worker.tell(window).unwrap();
+    }
+    let (mut cursor, mut seen) = (String::new(), Vec::new());
+    for part in 0..5 {
+        let path = format!("/api/v1/groups/g/windows?after_ms=1000&limit=4{cursor}");
+        let (_, page) = control.get(&path).unwrap();
+        let items = page["items"].as_array().unwrap();
+        seen.extend(items.iter().map(|item| (item["end_ms"].clone(), item["layer"].clone())));
+        match page["next"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => {
+                assert_eq!(part, 1);
+                break;
+            }
+        }
+    }
+    let expected: Vec<_> = [2_000, 3_000]
+        .into_iter()
+        .flat_map(|end| (0..3).map(move |l| (json!(end), json!(l))))
+        .collect();
+    assert_eq!(seen, expected);
+    let (_, hours) = control.get("/api/v1/groups/g/windows?span=hour").unwrap();
+    assert_eq!(hours["items"], json!([]));
+    let (_, other) = control.get("/api/v1/groups/g/windows?model=other").unwrap();
+    assert_eq!(other["items"], json!([]));
 }

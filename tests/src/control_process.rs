@@ -17,16 +17,29 @@ use crate::worker_process::{program, until};
 pub struct Control {
     child: Child,
     address: String,
+    heartbeat_ms: u32,
     /// Its data folder, and the log.
     folder: TempDir,
 }
 
+/// Time between heartbeats: short, so that tests see soon who is lost.
+const HEARTBEAT_MS: u32 = 200;
+
 impl Control {
     /// Starts control on an empty folder and waits until it listens.
     pub fn start() -> Result<Self> {
+        Self::start_with(HEARTBEAT_MS)
+    }
+
+    /// The same, but workers that say nothing are not soon lost.
+    pub fn start_patient() -> Result<Self> {
+        Self::start_with(60_000)
+    }
+
+    fn start_with(heartbeat_ms: u32) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("moe-control").tempdir()?;
-        let child = Self::child(folder.path(), "127.0.0.1:0")?;
-        let mut control = Self { child, address: String::new(), folder };
+        let child = Self::child(folder.path(), "127.0.0.1:0", heartbeat_ms)?;
+        let mut control = Self { child, address: String::new(), heartbeat_ms, folder };
         control.ready()?;
         Ok(control)
     }
@@ -38,13 +51,13 @@ impl Control {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
-        self.child = Self::child(self.folder.path(), &self.address)?;
+        self.child = Self::child(self.folder.path(), &self.address, self.heartbeat_ms)?;
         self.ready()
     }
 
-    fn child(folder: &Path, listen: &str) -> Result<Child> {
+    fn child(folder: &Path, listen: &str, heartbeat_ms: u32) -> Result<Child> {
         Command::new(program("moeplane-control")?)
-            .args(["serve", "--heartbeat-ms", "200", "--window-ms", "300"])
+            .args(["serve", "--window-ms", "300", "--heartbeat-ms", &heartbeat_ms.to_string()])
             .args(["--listen", listen, "--data"])
             .arg(folder.join("data"))
             .stdin(Stdio::null())
@@ -86,17 +99,24 @@ impl Control {
         ["--control", &url, "--credential", &credential].map(str::to_owned).to_vec()
     }
 
+    /// HOST:PORT.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// Status and body of a GET; null for a body that is no JSON.
     pub fn get(&self, path: &str) -> Result<(u16, Value)> {
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_global(Some(Duration::from_secs(30)))
-            .build();
-        let agent = ureq::Agent::new_with_config(config);
-        let mut response = agent.get(format!("http://{}{path}", self.address)).call()?;
-        let status = response.status().as_u16();
-        let text = response.body_mut().read_to_string()?;
-        Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
+        answer(agent().get(self.url(path)).call()?)
+    }
+
+    /// Status and body of a POST without a body.
+    pub fn post(&self, path: &str) -> Result<(u16, Value)> {
+        answer(agent().post(self.url(path)).send_empty()?)
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
     }
 
     /// Sends a signal.
@@ -109,6 +129,20 @@ impl Control {
     pub fn wait(&mut self) -> Result<ExitStatus> {
         until("the end of control", || Ok(self.child.try_wait()?))
     }
+}
+
+fn agent() -> ureq::Agent {
+    let config = ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(Duration::from_secs(30)))
+        .build();
+    ureq::Agent::new_with_config(config)
+}
+
+fn answer(mut response: ureq::http::Response<ureq::Body>) -> Result<(u16, Value)> {
+    let status = response.status().as_u16();
+    let text = response.body_mut().read_to_string()?;
+    Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
 }
 
 impl Drop for Control {

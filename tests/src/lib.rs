@@ -4,6 +4,7 @@
 pub mod call;
 pub mod case;
 pub mod control_process;
+pub mod fake_worker;
 pub mod group;
 pub mod kill;
 pub mod plan;

@@ -73,13 +73,13 @@ impl Load {
         }
     }
 
-    /// Ends the window and begins the next; none without calls.
-    pub(crate) fn close(&mut self, now_ms: u64) -> Option<Window> {
+    /// Ends the window and begins the next. None without calls, unless control asked for its end.
+    pub(crate) fn close(&mut self, now_ms: u64, closed_by: Option<u64>) -> Option<Window> {
         // A clock may be set back: a window still does not end before it begins.
         let end_ms = now_ms.max(self.start_ms);
         let start_ms = std::mem::replace(&mut self.start_ms, end_ms);
         let layers = std::mem::take(&mut self.layers);
-        if layers.is_empty() {
+        if layers.is_empty() && closed_by.is_none() {
             return None;
         }
         self.number += 1;
@@ -96,7 +96,8 @@ impl Load {
                 expert_tokens: load.expert_tokens,
             }
         });
-        Some(Window { number: self.number, start_ms, end_ms, layers: layers.collect() })
+        let (number, layers) = (self.number, layers.collect());
+        Some(Window { number, start_ms, end_ms, closed_by, layers })
     }
 }
 
@@ -112,7 +113,7 @@ mod tests {
         load.count((5, 4, Phase::Decode), (&ids, 2), took);
         load.count((5, 4, Phase::Decode), (&[], 2), took * 4);
         load.count((5, 4, Phase::Prefill), (&[1, 3], 2), took);
-        let window = load.close(400).unwrap();
+        let window = load.close(400, None).unwrap();
         assert_eq!((window.number, window.start_ms, window.end_ms), (1, 100, 400));
         let [prefill, decode] = &window.layers[..] else { panic!("{window:?}") };
         assert_eq!(
@@ -122,12 +123,14 @@ mod tests {
         assert_eq!((decode.phase, &decode.expert_tokens[..]), (Phase::Decode, &[2, 0, 2, 1][..]));
         assert_eq!((decode.calls, decode.tokens, decode.distinct_experts), (2, 3, 3));
         assert_eq!((decode.latency_us_p50, decode.latency_us_p99), (50, 200));
-        assert_eq!(load.close(500), None, "nothing since");
+        assert_eq!(load.close(500, None), None, "nothing since");
         load.count((5, 4, Phase::Decode), (&[1, 0], 2), took);
-        let window = load.close(600).unwrap();
+        let window = load.close(600, None).unwrap();
         assert_eq!((window.number, window.start_ms), (2, 500));
         load.count((5, 4, Phase::Decode), (&[1, 0], 2), took);
-        let window = load.close(300).unwrap();
+        let window = load.close(300, None).unwrap();
         assert_eq!((window.start_ms, window.end_ms), (600, 600), "the clock was set back");
+        let window = load.close(700, Some(690)).unwrap();
+        assert_eq!((window.number, window.closed_by, window.layers.len()), (4, Some(690), 0));
     }
 }

@@ -39,9 +39,9 @@ impl Pulse {
         count(&mut self.load.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Ends the window; none without calls.
-    pub(crate) fn close_window(&self) -> Option<Window> {
-        self.load.lock().unwrap_or_else(PoisonError::into_inner).close(now_ms())
+    /// Ends the window. None without calls, unless control asked for its end.
+    pub(crate) fn close_window(&self, closed_by: Option<u64>) -> Option<Window> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner).close(now_ms(), closed_by)
     }
 
     pub(crate) fn heartbeat(&self) -> Heartbeat {

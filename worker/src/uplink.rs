@@ -18,7 +18,7 @@ use tungstenite::{HandshakeError, Message, WebSocket};
 
 use crate::config::ControlConfig;
 use crate::limits::{CONTROL_PATIENCE, CONTROL_TICK, FAREWELL, RECONNECT, WINDOW, WINDOWS_MAX};
-use crate::pulse::Pulse;
+use crate::pulse::{Pulse, now_ms};
 
 /// Ends the session when dropped.
 #[derive(Debug)]
@@ -59,12 +59,7 @@ impl Uplink {
         let pulse = Arc::clone(&told);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let windows = Windows {
-            pulse,
-            every: WINDOW,
-            next: Instant::now() + WINDOW,
-            unkept: VecDeque::new(),
-        };
+        let windows = Windows::new(pulse);
         let dialler = Dialler { config, register, windows, stop: stopped };
         let thread = thread::Builder::new().name("uplink".to_owned()).spawn(|| dialler.run())?;
         Ok(Self { pulse: told, stop, thread: Some(thread) })
@@ -99,25 +94,40 @@ struct Windows {
 }
 
 impl Windows {
+    fn new(pulse: Arc<Pulse>) -> Self {
+        let unkept = VecDeque::new();
+        Self { pulse, every: WINDOW, next: next_end(WINDOW, now_ms()), unkept }
+    }
+
+    fn set_length(&mut self, every: Duration) {
+        (self.every, self.next) = (every, next_end(every, now_ms()));
+    }
+
     /// Ends the window if it is time.
     fn close_due(&mut self) {
         if Instant::now() >= self.next {
-            self.close();
+            self.close(None);
         }
     }
 
-    fn close(&mut self) {
-        self.next = Instant::now() + self.every;
+    fn close(&mut self, closed_by: Option<u64>) {
+        self.next = next_end(self.every, now_ms());
         if self.unkept.len() == WINDOWS_MAX {
             tracing::warn!("control has been away for long: the oldest window is dropped");
             self.unkept.pop_front();
         }
-        self.unkept.extend(self.pulse.close_window());
+        self.unkept.extend(self.pulse.close_window(closed_by));
     }
 
     fn kept(&mut self, number: u64) {
         self.unkept.retain(|window| window.number != number);
     }
+}
+
+/// When the clock, which shows `now_ms`, will show the next multiple of `every`.
+fn next_end(every: Duration, now_ms: u64) -> Instant {
+    let every = u64::try_from(every.as_millis()).unwrap_or(u64::MAX).max(1);
+    Instant::now() + Duration::from_millis(every - now_ms % every)
 }
 
 impl Dialler {
@@ -160,7 +170,7 @@ impl Dialler {
             self.exchange(&mut socket, &mut told)?;
         }
         // What was served last is not lost, if control is quick.
-        self.windows.close();
+        self.windows.close(None);
         let began = Instant::now();
         while !self.windows.unkept.is_empty() && began.elapsed() < FAREWELL {
             self.exchange(&mut socket, &mut told)?;
@@ -185,6 +195,10 @@ impl Dialler {
             Some(FromControl::Refused { reason }) => Err(Lost::Refused { reason }),
             Some(FromControl::Kept { number }) => {
                 self.windows.kept(number);
+                Ok(())
+            }
+            Some(FromControl::Close { mark_ms }) => {
+                self.windows.close(Some(mark_ms));
                 Ok(())
             }
             Some(FromControl::Welcome { .. }) | None => Ok(()),
@@ -220,13 +234,11 @@ impl Dialler {
         while began.elapsed() < CONTROL_PATIENCE && !self.stop.load(Ordering::Acquire) {
             match hear(socket)? {
                 Some(FromControl::Welcome { heartbeat_ms, window_ms, .. }) => {
-                    let windows = &mut self.windows;
-                    windows.every = Duration::from_millis(window_ms);
-                    windows.next = windows.next.min(Instant::now() + windows.every);
+                    self.windows.set_length(Duration::from_millis(window_ms));
                     return Ok(Duration::from_millis(heartbeat_ms));
                 }
                 Some(FromControl::Refused { reason }) => return Err(Lost::Refused { reason }),
-                Some(FromControl::Kept { .. }) | None => {}
+                Some(FromControl::Kept { .. } | FromControl::Close { .. }) | None => {}
             }
         }
         Err(Lost::Silent)

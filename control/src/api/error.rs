@@ -42,6 +42,11 @@ pub(crate) struct Problem {
 }
 
 impl ApiError {
+    pub(crate) fn cursor(value: &str) -> Self {
+        let expected = "`next` of the part before".to_owned();
+        Self::Value { name: "cursor", value: value.to_owned(), expected }
+    }
+
     fn kind(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),

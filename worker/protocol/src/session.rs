@@ -9,10 +9,12 @@
 //!   Heartbeat, again and again ->
 //!   Window                     ->
 //!                              <-     Kept
+//!                              <-     Close, at any time; the answer is a Window
 //! ```
 //!
 //! A worker counts what it serves in windows, and keeps those that control has not kept yet; they are
-//! numbered, so that one that comes twice counts once.
+//! numbered, so that one that comes twice counts once. They end when the clock shows a multiple of
+//! their length, so that those of all ranks cover the same time, and when control asks for it.
 //!
 //! A worker serves whether or not control is there.
 
@@ -20,10 +22,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::message::{ActFormat, Phase, ServedLayer, UnservedLayer};
 
-/// Version of these messages.
-pub const SESSION_VERSION: u32 = 1;
+/// Version of these messages. Since 2, control may say `Close`.
+pub const SESSION_VERSION: u32 = 2;
 
-/// The oldest version that control accepts: the one before its own, once there is one.
+/// The oldest version that control accepts: the one before its own. A worker is told nothing that its
+/// version does not know.
 pub const SESSION_VERSION_OLDEST: u32 = 1;
 
 /// Path of the session on control's address.
@@ -58,6 +61,11 @@ pub enum FromControl {
     Kept {
         /// Its number.
         number: u64,
+    },
+    /// The open window ends now, also one that nothing was counted in.
+    Close {
+        /// What [`Window::closed_by`] of its window is to be.
+        mark_ms: u64,
     },
     /// It does not; the worker says why in its log and tries again later.
     Refused {
@@ -132,6 +140,9 @@ pub struct Window {
     pub start_ms: u64,
     /// Its end.
     pub end_ms: u64,
+    /// `mark_ms` of the `Close` that ended it; none if it ended by the clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed_by: Option<u64>,
     /// Layers and phases that had calls, ascending.
     pub layers: Vec<LayerWindow>,
 }
