@@ -2,6 +2,8 @@
 //! generated from these handlers; `control/openapi.json` is checked in.
 
 mod error;
+mod placements;
+mod tag;
 mod views;
 mod windows;
 
@@ -23,7 +25,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use self::error::{ApiError, Problem};
-use self::views::{GroupView, LayerView, Page, WorkerView};
+use self::views::{GroupView, LayerView, ModelView, Page, WorkerView, layers_of};
 use crate::fleet::Worker;
 use crate::limits::{MESSAGE_BYTES_MAX, PAGE_DEFAULT, PAGE_MAX};
 use crate::session;
@@ -42,6 +44,10 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(worker))
         .routes(routes!(groups))
         .routes(routes!(layers))
+        .routes(routes!(models))
+        .routes(routes!(placements::placements))
+        .routes(routes!(placements::placement))
+        .routes(routes!(placements::epochs))
         .routes(routes!(windows::windows, windows::close))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
@@ -133,7 +139,7 @@ async fn workers(
     found.truncate(limit);
     let last = found.last().filter(|_| more);
     let next = last.map(|last| format!("{}:{}", last.register.group, last.register.rank));
-    let view = |worker: &Worker| WorkerView::new(worker, worker.is_there(now, patience));
+    let view = |worker: &Worker| WorkerView::new(worker, worker.presence(now, patience));
     Ok(Json(Page { items: found.into_iter().map(view).collect(), next }))
 }
 
@@ -149,7 +155,7 @@ async fn worker(
     let worker = fleet.groups.get(&group).and_then(|ranks| ranks.get(&rank));
     let none = || ApiError::NotFound { what: "worker", name: format!("{group}/{rank}") };
     let worker = worker.ok_or_else(none)?;
-    Ok(Json(WorkerView::new(worker, worker.is_there(now_ms(), state.patience_ms()))))
+    Ok(Json(WorkerView::new(worker, worker.presence(now_ms(), state.patience_ms()))))
 }
 
 /// Every group, and the ranks that it lacks.
@@ -166,10 +172,25 @@ async fn groups(State(state): State<Shared>) -> Json<Vec<GroupView>> {
             digest: register.model.digest.clone(),
             ranks: register.ranks,
             missing: lacks.map(|(_, ranks)| ranks.clone()).unwrap_or_default(),
+            problem: fleet.problems.get(name).cloned(),
             layers: register.model.layers.len(),
         })
     };
     Json(fleet.groups.iter().filter_map(view).collect())
+}
+
+/// The models that groups serve, by digest.
+#[utoipa::path(get, path = "/api/v1/models", responses((status = 200, body = Vec<ModelView>)))]
+async fn models(State(state): State<Shared>) -> Json<Vec<ModelView>> {
+    let fleet = state.fleet();
+    let mut models: BTreeMap<&str, ModelView> = BTreeMap::new();
+    for (group, ranks) in &fleet.groups {
+        let Some(worker) = ranks.values().next() else { continue };
+        let model = &worker.register.model;
+        let view = models.entry(&model.digest).or_insert_with(|| ModelView::from(model));
+        view.groups.push(group.clone());
+    }
+    Json(models.into_values().collect())
 }
 
 /// The layers of a group's model: those that it serves, and the others with the reason.
@@ -182,10 +203,7 @@ async fn layers(
     let fleet = state.fleet();
     let model = fleet.model_of(&group);
     let model = model.ok_or(ApiError::NotFound { what: "group", name: group })?;
-    let mut all: Vec<LayerView> = model.layers.iter().map(LayerView::from).collect();
-    all.extend(model.unserved.iter().map(LayerView::from));
-    all.sort_by_key(LayerView::number);
-    Ok(Json(all))
+    Ok(Json(layers_of(model)))
 }
 
 /// Whether control itself is well: 200 while its database answers.

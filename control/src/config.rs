@@ -1,6 +1,7 @@
 //! The configuration: one typed struct from an optional file and command line options, which take the
 //! place of the file's values. No other module reads files, arguments or the environment for settings.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -30,6 +31,10 @@ pub struct Config {
     pub hours_days: u64,
     /// What is logged, such as `info` or `control=debug`.
     pub log: String,
+    /// Files with the placements that groups start with, JSON `[layer][slot]`; experts in order for
+    /// others.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub placements: BTreeMap<String, PathBuf>,
 }
 
 /// Settings as the file or the command line gives them.
@@ -50,6 +55,9 @@ pub struct Settings {
     pub hours_days: Option<u64>,
     /// See [`Config::log`].
     pub log: Option<String>,
+    /// See [`Config::placements`]: those of the command line are added to those of the file.
+    #[serde(default)]
+    pub placements: BTreeMap<String, PathBuf>,
 }
 
 /// A configuration that cannot be used.
@@ -139,8 +147,19 @@ impl Settings {
             }
         }
         let log = self.log.or(file.log).unwrap_or_else(|| "info".to_owned());
+        let mut placements = file.placements;
+        placements.extend(self.placements);
         let listen = address;
-        Ok(Config { data, listen, heartbeat_ms, window_ms, windows_hours, hours_days, log })
+        Ok(Config {
+            data,
+            listen,
+            heartbeat_ms,
+            window_ms,
+            windows_hours,
+            hours_days,
+            log,
+            placements,
+        })
     }
 }
 

@@ -1,12 +1,16 @@
-//! Who is there: groups, their ranks, and the sessions that speak for them, in memory. Pure: no input or
-//! output, and the time is told.
+//! Who is there: groups, their ranks, what they hold, and the sessions that speak for them, in memory.
+//! Pure: no input or output, and the time is told.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use protocol::session::{Heartbeat, ModelInfo, Register, SESSION_VERSION, SESSION_VERSION_OLDEST};
+use protocol::session::{
+    Heartbeat, LayerPlacement, ModelInfo, Register, SESSION_VERSION, SESSION_VERSION_OLDEST,
+};
 use tokio::sync::mpsc;
 
 use crate::limits::{COMMANDS_MAX, NAME_BYTES_MAX, RANKS_MAX};
+use crate::placing::{fits, rooms};
 
 /// What a session is to do.
 #[derive(Debug, Clone)]
@@ -35,16 +39,43 @@ pub(crate) struct Worker {
     pub(crate) first_seen_ms: u64,
     pub(crate) last_seen_ms: u64,
     pub(crate) heartbeat: Option<Heartbeat>,
+    /// What it says that it holds or, while it loads, was told to.
+    placements: Option<Arc<[LayerPlacement]>>,
+    /// Whether it has said that it holds them.
+    holds: bool,
     /// The session that speaks for it, by number, and how to have it do something.
     session: Option<(u64, mpsc::Sender<Command>)>,
     /// Whether its registration is in the store: nothing is shown that a restart would forget.
     kept: bool,
 }
 
+/// Version since which workers say what they hold; earlier ones register when they are ready.
+const HOLDS_SINCE: u32 = 2;
+
+/// Whether a worker is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Presence {
+    /// Connected, heard of lately, and ready.
+    Ready,
+    /// The same, but it has not said what it holds.
+    Loading,
+    Lost,
+}
+
 impl Worker {
-    /// Whether it is connected and was heard of lately.
-    pub(crate) fn is_there(&self, now_ms: u64, patience_ms: u64) -> bool {
-        self.kept && self.speaks(now_ms, patience_ms)
+    /// Whether it is there.
+    pub(crate) fn presence(&self, now_ms: u64, patience_ms: u64) -> Presence {
+        match self.kept && self.speaks(now_ms, patience_ms) {
+            false => Presence::Lost,
+            true if self.holds || self.register.version < HOLDS_SINCE => Presence::Ready,
+            true => Presence::Loading,
+        }
+    }
+
+    /// What it says that it holds, if it is there.
+    pub(crate) fn held(&self, now_ms: u64, patience_ms: u64) -> Option<&[LayerPlacement]> {
+        let ready = self.presence(now_ms, patience_ms) == Presence::Ready;
+        self.placements.as_deref().filter(|_| ready && self.holds)
     }
 
     fn speaks(&self, now_ms: u64, patience_ms: u64) -> bool {
@@ -56,6 +87,8 @@ impl Worker {
 #[derive(Debug, Default)]
 pub(crate) struct Fleet {
     pub(crate) groups: BTreeMap<String, BTreeMap<u32, Worker>>,
+    /// Why a group was not told what to hold.
+    pub(crate) problems: BTreeMap<String, String>,
     sessions: u64,
 }
 
@@ -75,9 +108,17 @@ impl Fleet {
         (first_seen_ms, last_seen_ms): (u64, u64),
     ) {
         let group = self.groups.entry(register.group.clone()).or_default();
-        let (heartbeat, session, kept) = (None, None, true);
         let rank = register.rank;
-        let worker = Worker { register, first_seen_ms, last_seen_ms, heartbeat, session, kept };
+        let worker = Worker {
+            register,
+            first_seen_ms,
+            last_seen_ms,
+            heartbeat: None,
+            placements: None,
+            holds: false,
+            session: None,
+            kept: true,
+        };
         group.insert(rank, worker);
     }
 
@@ -113,6 +154,8 @@ impl Fleet {
             first_seen_ms,
             last_seen_ms: now_ms,
             heartbeat: None,
+            placements: None,
+            holds: false,
             session: Some((session, command)),
             kept: false,
         };
@@ -125,6 +168,71 @@ impl Fleet {
         if let Some(worker) = self.of_session(of, session) {
             worker.kept = true;
         }
+    }
+
+    /// What the other ranks of a group hold or were told to, if any of them is there: a rank that comes
+    /// back must hold the same.
+    pub(crate) fn placements_of_others(
+        &self,
+        of: &Register,
+        now_ms: u64,
+        patience_ms: u64,
+    ) -> Option<Arc<[LayerPlacement]>> {
+        let group = self.groups.get(&of.group)?.values();
+        let others = group
+            .filter(|other| other.register.rank != of.rank && other.speaks(now_ms, patience_ms));
+        let placed = others.filter(|other| other.placements.is_some());
+        placed.max_by_key(|other| other.holds)?.placements.clone()
+    }
+
+    /// A worker was told what to hold.
+    pub(crate) fn place(&mut self, of: &Register, session: u64, placements: Arc<[LayerPlacement]>) {
+        let placements = self.shared(of, placements);
+        if let Some(worker) = self.of_session(of, session) {
+            worker.placements = Some(placements);
+        }
+    }
+
+    /// The copy of these that workers of the group have, if any has: equal ones are one.
+    fn shared(&self, of: &Register, placements: Arc<[LayerPlacement]>) -> Arc<[LayerPlacement]> {
+        let group = self.groups.get(&of.group).into_iter().flat_map(BTreeMap::values);
+        let mut known = group.filter_map(|worker| worker.placements.as_ref());
+        known.find(|known| ***known == *placements).cloned().unwrap_or(placements)
+    }
+
+    /// A worker says what it holds.
+    pub(crate) fn hold(
+        &mut self,
+        of: &Register,
+        session: u64,
+        placements: Vec<LayerPlacement>,
+    ) -> Result<(), Refusal> {
+        check_held(of, &placements)?;
+        let placements = self.shared(of, placements.into());
+        if let Some(worker) = self.of_session(of, session) {
+            worker.placements = Some(placements);
+            worker.holds = true;
+        }
+        Ok(())
+    }
+
+    /// What is in force in a group: what all of its ranks say that they hold. None while a rank is
+    /// missing, or holds something else.
+    pub(crate) fn in_force(
+        &self,
+        group: &str,
+        now_ms: u64,
+        patience_ms: u64,
+    ) -> Option<&[LayerPlacement]> {
+        let group = self.groups.get(group)?;
+        let ranks = group.values().next()?.register.ranks;
+        let first = group.values().next()?.held(now_ms, patience_ms)?;
+        let holds = |rank| {
+            let held = group.get(&rank).and_then(|worker| worker.held(now_ms, patience_ms));
+            // Ranks that hold the same share one copy of it.
+            held.is_some_and(|held| std::ptr::eq(held, first))
+        };
+        (0..ranks).all(holds).then_some(first)
     }
 
     /// A worker was heard of; false if another session speaks for it by now.
@@ -171,12 +279,14 @@ impl Fleet {
         group.values().map(|worker| worker.register.ranks).max()
     }
 
-    /// The ranks of each group that are not there, of groups that lack any.
+    /// The ranks of each group that are not ready, of groups that lack any.
     pub(crate) fn missing(&self, now_ms: u64, patience_ms: u64) -> Vec<(String, Vec<u32>)> {
         let missing = self.groups.iter().filter_map(|(name, group)| {
             let ranks = group.values().map(|worker| worker.register.ranks).max()?;
             let there = |rank: &u32| {
-                group.get(rank).is_some_and(|worker| worker.is_there(now_ms, patience_ms))
+                group
+                    .get(rank)
+                    .is_some_and(|worker| worker.presence(now_ms, patience_ms) == Presence::Ready)
             };
             let missing: Vec<u32> = (0..ranks).filter(|rank| !there(rank)).collect();
             (!missing.is_empty()).then(|| (name.clone(), missing))
@@ -209,6 +319,30 @@ fn check(register: &Register) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Refuses what a worker of this kind cannot hold.
+fn check_held(of: &Register, held: &[LayerPlacement]) -> Result<(), Refusal> {
+    let value = |what, got: String, expected: String| Err(Refusal::Value { what, got, expected });
+    let (got, expected) = (held.len(), of.model.layers.len());
+    if got != expected {
+        return value("the number of layers held", got.to_string(), expected.to_string());
+    }
+    for ((layer, room), held) in of.model.layers.iter().zip(rooms(of)).zip(held) {
+        if held.layer != layer.number {
+            return value("a layer held", held.layer.to_string(), layer.number.to_string());
+        }
+        if !fits(of, layer, room, &held.placement) {
+            let placement = &held.placement;
+            let [ranks, experts] = [placement.ranks(), placement.experts()];
+            let got =
+                format!("{ranks} ranks, {experts} experts, {} slots", placement.slots_per_rank());
+            let expected =
+                format!("{} ranks, {} experts, at most {room} slots", of.ranks, layer.experts);
+            return value("a placement held", got, expected);
+        }
+    }
+    Ok(())
+}
+
 fn check_same(new: &Register, known: &Register) -> Result<(), Refusal> {
     let facts = |register: &Register| {
         let Register { ranks, model, slots_per_rank, .. } = register;
@@ -230,6 +364,7 @@ fn check_same(new: &Register, known: &Register) -> Result<(), Refusal> {
 #[cfg(test)]
 pub(crate) mod tests {
     use protocol::message::{ActFormat, ServedLayer};
+    use protocol::placement::Placement;
 
     use super::*;
 
@@ -258,8 +393,15 @@ pub(crate) mod tests {
                 unserved: Vec::new(),
             },
             slots_per_rank: 16,
+            layer_slots: Vec::new(),
             max_tokens: 64,
+            asks: true,
         }
+    }
+
+    fn held(epoch: u64) -> Vec<LayerPlacement> {
+        let placement = Placement::contiguous(32, 2, 16).unwrap();
+        vec![LayerPlacement { layer: 0, epoch, placement }]
     }
 
     #[test]
@@ -315,12 +457,65 @@ pub(crate) mod tests {
         let zero = fleet.admit(&register(0, 1), 0, PATIENCE).unwrap();
         assert_eq!(fleet.missing(0, PATIENCE), [("g".to_owned(), vec![0, 1])], "not kept yet");
         fleet.keep(&register(0, 1), zero.session);
+        assert_eq!(fleet.missing(0, PATIENCE), [("g".to_owned(), vec![0, 1])], "not ready yet");
+        fleet.hold(&register(0, 1), zero.session, held(1)).unwrap();
         assert_eq!(fleet.missing(0, PATIENCE), [("g".to_owned(), vec![1])]);
-        let one = fleet.admit(&register(1, 1), 0, PATIENCE).unwrap();
-        fleet.keep(&register(1, 1), one.session);
+        // One of the version before is ready when it registers.
+        let before = Register { version: 1, ..register(1, 1) };
+        let one = fleet.admit(&before, 0, PATIENCE).unwrap();
+        fleet.keep(&before, one.session);
         assert_eq!(fleet.missing(PATIENCE, PATIENCE), []);
         assert_eq!(fleet.missing(PATIENCE + 1, PATIENCE), [("g".to_owned(), vec![0, 1])]);
         assert_eq!(fleet.leave(&register(0, 1), zero.session), Some(0));
         assert_eq!(fleet.missing(0, PATIENCE), [("g".to_owned(), vec![0])]);
+    }
+
+    #[test]
+    fn in_force_is_what_all_ranks_hold_and_nothing_else() {
+        let mut fleet = Fleet::default();
+        let come = |fleet: &mut Fleet, rank, incarnation| {
+            let register = register(rank, incarnation);
+            let admitted = fleet.admit(&register, 0, PATIENCE).unwrap();
+            fleet.keep(&register, admitted.session);
+            (register, admitted.session)
+        };
+        let epoch = |fleet: &Fleet| Some(fleet.in_force("g", 0, PATIENCE)?[0].epoch);
+        let (zero, s0) = come(&mut fleet, 0, 1);
+        let (one, s1) = come(&mut fleet, 1, 1);
+        assert_eq!(fleet.placements_of_others(&one, 0, PATIENCE), None);
+        fleet.place(&zero, s0, held(3).into());
+        // Told is not held, but binds whoever comes next.
+        assert_eq!(fleet.placements_of_others(&one, 0, PATIENCE).unwrap()[..], held(3));
+        // Both were told at once, each its own copy, and the later one holds first.
+        fleet.place(&one, s1, held(3).into());
+        fleet.hold(&one, s1, held(3)).unwrap();
+        assert_eq!(epoch(&fleet), None, "rank 0 is loading");
+        fleet.hold(&zero, s0, held(3)).unwrap();
+        assert_eq!(epoch(&fleet), Some(3));
+        fleet.hold(&one, s1, held(2)).unwrap();
+        assert_eq!(epoch(&fleet), None, "rank 1 holds another epoch");
+        fleet.hold(&one, s1, held(3)).unwrap();
+        assert_eq!(epoch(&fleet), Some(3));
+        assert_eq!(fleet.in_force("g", PATIENCE + 1, PATIENCE), None, "all are silent");
+        let (one, s1) = come(&mut fleet, 1, 2);
+        assert_eq!(epoch(&fleet), None, "rank 1 is back and loading");
+        fleet.hold(&one, s1, held(3)).unwrap();
+        assert_eq!(epoch(&fleet), Some(3));
+        for (held, expected) in [
+            (vec![], "the number of layers held is 0, expected 1"),
+            (
+                vec![LayerPlacement { layer: 7, ..held(1).remove(0) }],
+                "a layer held is 7, expected 0",
+            ),
+            (
+                vec![LayerPlacement {
+                    placement: Placement::contiguous(32, 2, 17).unwrap(),
+                    ..held(1).remove(0)
+                }],
+                "a placement held is 2 ranks, 32 experts, 17 slots, expected 2 ranks, 32 experts, at most 16 slots",
+            ),
+        ] {
+            assert_eq!(fleet.hold(&one, s1, held).unwrap_err().to_string(), expected);
+        }
     }
 }

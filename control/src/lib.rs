@@ -2,9 +2,9 @@
 //! HTTP. No CUDA, no `unsafe`: it builds and runs on any laptop.
 //!
 //! ```text
-//! worker::uplink == WebSocket ==> session -> fleet (who is there, pure) -> api -> operators
-//!                                    |                                      ^
-//!                                    +------------> store (SQLite) ---------+
+//! worker::uplink == WebSocket ==> session -> fleet (who is there and holds what, pure) -> api -> operators
+//!                                    |                                                    ^
+//!                                    +-> placing (what to hold) -> store (SQLite) --------+
 //! ```
 #![forbid(unsafe_code)]
 
@@ -12,11 +12,13 @@ mod api;
 pub mod config;
 mod fleet;
 pub mod limits;
+mod placing;
 mod serve;
 mod session;
 mod state;
 mod store;
 
 pub use self::api::document;
+pub use self::placing::FileError;
 pub use self::serve::{ServeError, Server};
 pub use self::store::StoreError;

@@ -56,18 +56,35 @@ struct Options {
     /// Days that those sums are kept.
     #[arg(long)]
     hours_days: Option<u64>,
+    /// File with the placement that a group starts with, JSON [layer][slot]; may be given for several.
+    #[arg(long, value_name = "GROUP=FILE", value_parser = placement)]
+    placement: Vec<(String, PathBuf)>,
     /// What is logged, such as info or control=debug.
     #[arg(long)]
     log: Option<String>,
 }
 
+fn placement(option: &str) -> Result<(String, PathBuf), String> {
+    let (group, file) = option.split_once('=').ok_or("expected GROUP=FILE")?;
+    Ok((group.to_owned(), file.into()))
+}
+
 impl Options {
     fn config(self) -> Result<Config, ConfigError> {
         let Self { config, data, listen, heartbeat_ms, window_ms, .. } = self;
-        let Self { windows_hours, hours_days, log, .. } = self;
+        let Self { windows_hours, hours_days, placement, log, .. } = self;
         let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
-        let options =
-            Settings { data, listen, heartbeat_ms, window_ms, windows_hours, hours_days, log };
+        let placements = placement.into_iter().collect();
+        let options = Settings {
+            data,
+            listen,
+            heartbeat_ms,
+            window_ms,
+            windows_hours,
+            hours_days,
+            log,
+            placements,
+        };
         options.over(file)
     }
 }

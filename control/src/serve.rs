@@ -16,6 +16,7 @@ use crate::api;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::FORGET_SECONDS;
+use crate::placing::{FileError, PlacementFile};
 use crate::state::{State, now_ms};
 use crate::store::windows::HOUR_MS;
 use crate::store::{Store, StoreError};
@@ -41,6 +42,15 @@ pub enum ServeError {
         /// Why it failed.
         #[source]
         source: io::Error,
+    },
+    /// A file of placements.
+    #[error("the placement of the group {group} cannot be used")]
+    Placement {
+        /// The group.
+        group: String,
+        /// Why.
+        #[source]
+        source: FileError,
     },
     /// The database.
     #[error(transparent)]
@@ -78,6 +88,11 @@ impl Server {
         let data = config.data.clone();
         fs::create_dir_all(&data).map_err(failed("make", &data))?;
         let credential = credential(&data.join(CREDENTIAL))?;
+        let read = |(group, path): (&String, &PathBuf)| match PlacementFile::read(path) {
+            Ok(file) => Ok((group.clone(), file)),
+            Err(source) => Err(ServeError::Placement { group: group.clone(), source }),
+        };
+        let files = config.placements.iter().map(read).collect::<Result<_, _>>()?;
         let store = Store::open(&data.join(DATABASE)).await?;
         let mut fleet = Fleet::default();
         for worker in store.workers().await? {
@@ -88,7 +103,7 @@ impl Server {
         let listener = TcpListener::bind(listen).await.map_err(refused)?;
         let bound = listener.local_addr().map_err(refused)?;
         let (stop, stopped) = watch::channel(false);
-        let state = Arc::new(State::new(config, store, credential, stopped, fleet));
+        let state = Arc::new(State::new((config, files), store, credential, stopped, fleet));
         let address = data.join(ADDRESS);
         // Whole or not at all: somebody may be waiting for it.
         let beside = data.join(format!("{ADDRESS}.new"));

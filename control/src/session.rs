@@ -1,10 +1,13 @@
 //! One worker's WebSocket: it registers, then says how it is, until one side leaves. Whom to let in is
 //! decided in `fleet`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket};
-use protocol::session::{FromControl, FromWorker, Register, SESSION_VERSION, Window};
+use protocol::session::{
+    FromControl, FromWorker, LayerPlacement, Register, SESSION_VERSION, Window,
+};
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
@@ -12,6 +15,7 @@ use crate::fleet::{Admitted, Command, Refusal};
 use crate::limits::{COUNT_MAX, REGISTER_SECONDS_MAX};
 use crate::state::{Shared, now_ms};
 use crate::store::StoreError;
+use crate::store::placements::PlaceError;
 
 /// Why a session ended other than by the worker's leave.
 #[derive(Debug, thiserror::Error)]
@@ -50,12 +54,7 @@ async fn greet(state: &Shared, socket: &mut WebSocket) -> Result<(), Ended> {
     let register = match tokio::time::timeout(patience, hear(socket)).await {
         Ok(message) => match message? {
             Some(FromWorker::Register(register)) => register,
-            Some(FromWorker::Heartbeat(_)) => {
-                return Err(Ended::Order { got: "a heartbeat", expected });
-            }
-            Some(FromWorker::Window(_)) => {
-                return Err(Ended::Order { got: "a window", expected });
-            }
+            Some(other) => return Err(Ended::Order { got: name(&other), expected }),
             None => return Ok(()),
         },
         Err(_elapsed) => return Err(Ended::Order { got: "nothing", expected }),
@@ -89,6 +88,10 @@ async fn serve(
     let Config { heartbeat_ms, window_ms, .. } = state.config;
     let version = register.version.min(SESSION_VERSION);
     say(socket, &FromControl::Welcome { version, heartbeat_ms, window_ms }).await?;
+    if register.asks {
+        let layers = place(state, register, admitted.session).await?;
+        say(socket, &FromControl::Place { layers }).await?;
+    }
     let patience_ms = state.patience_ms();
     let mut stop = state.stop.clone();
     // Who waits for the end of which window.
@@ -115,8 +118,11 @@ async fn serve(
                         }
                     }
                 }
-                Some(FromWorker::Register(_)) => {
-                    return Err(Ended::Order { got: "a registration", expected: "a heartbeat" });
+                Some(FromWorker::Holds { layers }) => {
+                    state.fleet().hold(register, admitted.session, layers)?;
+                }
+                Some(again @ FromWorker::Register(_)) => {
+                    return Err(Ended::Order { got: name(&again), expected: "a heartbeat" });
                 }
                 None => return Ok(()),
             },
@@ -130,6 +136,43 @@ async fn serve(
             () = silent => return Err(Ended::Silent { patience_ms }),
             () = stopped(&mut stop) => return Ok(()),
         }
+    }
+}
+
+/// What the worker is to hold: what the others of its group do, or what is committed. Nothing if a file
+/// does not fit, which is then shown.
+async fn place(
+    state: &Shared,
+    register: &Register,
+    session: u64,
+) -> Result<Vec<LayerPlacement>, StoreError> {
+    let group = &register.group;
+    let others = state.fleet().placements_of_others(register, now_ms(), state.patience_ms());
+    let placements = match others {
+        Some(placements) => placements,
+        None => match state.store.place(register, state.files.get(group), now_ms()).await {
+            Ok(placements) => {
+                state.fleet().problems.remove(group);
+                placements.into()
+            }
+            Err(PlaceError::Store(error)) => return Err(error),
+            Err(PlaceError::Misfit(misfit)) => {
+                tracing::error!(group, error = %misfit, "no placement");
+                state.fleet().problems.insert(group.clone(), misfit.to_string());
+                return Ok(Vec::new());
+            }
+        },
+    };
+    state.fleet().place(register, session, Arc::clone(&placements));
+    Ok(placements.to_vec())
+}
+
+fn name(message: &FromWorker) -> &'static str {
+    match message {
+        FromWorker::Register(_) => "a registration",
+        FromWorker::Holds { .. } => "what it holds",
+        FromWorker::Heartbeat(_) => "a heartbeat",
+        FromWorker::Window(_) => "a window",
     }
 }
 

@@ -1,5 +1,6 @@
 //! What every request and session shares.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,6 +9,7 @@ use tokio::sync::watch;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::HEARTBEATS_MISSED_MAX;
+use crate::placing::PlacementFile;
 use crate::store::Store;
 
 pub(crate) type Shared = Arc<State>;
@@ -15,6 +17,8 @@ pub(crate) type Shared = Arc<State>;
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) config: Config,
+    /// Placements by group, from files.
+    pub(crate) files: BTreeMap<String, PlacementFile>,
     pub(crate) store: Store,
     /// SHA-256 of the workers' credential.
     pub(crate) credential: [u8; 32],
@@ -25,13 +29,13 @@ pub(crate) struct State {
 
 impl State {
     pub(crate) fn new(
-        config: Config,
+        (config, files): (Config, BTreeMap<String, PlacementFile>),
         store: Store,
         credential: [u8; 32],
         stop: watch::Receiver<bool>,
         fleet: Fleet,
     ) -> Self {
-        Self { config, store, credential, stop, fleet: Mutex::new(fleet) }
+        Self { config, files, store, credential, stop, fleet: Mutex::new(fleet) }
     }
 
     /// Who is there. Never held over a wait.

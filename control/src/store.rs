@@ -1,5 +1,6 @@
 //! What outlives this process: one SQLite file.
 
+pub(crate) mod placements;
 pub(crate) mod windows;
 
 use std::path::Path;
@@ -46,6 +47,17 @@ pub enum StoreError {
         layer: u32,
         /// The end, in milliseconds since 1970.
         end_ms: i64,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The same.
+    #[error("epoch {epoch} of the placement of layer {layer} cannot be read")]
+    Placement {
+        /// The layer.
+        layer: u32,
+        /// The epoch.
+        epoch: i64,
         /// Why.
         #[source]
         source: serde_json::Error,

@@ -72,6 +72,14 @@ struct Layer {
     experts: Vec<Option<RawScalars>>,
 }
 
+fn describe(pool: &ThreadPool, tactic: Option<CpuTactic>, isa: Isa) -> String {
+    let threads = pool.current_num_threads();
+    match tactic {
+        Some(tactic) => format!("cpu, {threads} threads, tactic {tactic}"),
+        None => format!("cpu, {threads} threads, {}, tactic by tokens", isa.name()),
+    }
+}
+
 /// A rank's slots on the CPU, loaded before the rank joins its group: nobody waits for a rank that
 /// loads.
 #[derive(Debug)]
@@ -114,6 +122,12 @@ impl CpuSlots {
             .build()
             .map_err(|source| DeviceError::Threads { threads: options.threads, source })?;
         Ok(Self { isa, tactic: options.tactic, pool, layers: Vec::new() })
+    }
+
+    /// What [`Device::describe`] will say.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        describe(&self.pool, self.tactic, self.isa)
     }
 
     /// Derives the experts of this rank's slots of the layer at `position` of the checkpoint's
@@ -302,11 +316,7 @@ enum Part<'a> {
 
 impl Device for CpuDevice {
     fn describe(&self) -> String {
-        let threads = self.pool.current_num_threads();
-        match self.tactic {
-            Some(tactic) => format!("cpu, {threads} threads, tactic {tactic}"),
-            None => format!("cpu, {threads} threads, {}, tactic by tokens", self.isa.name()),
-        }
+        describe(&self.pool, self.tactic, self.isa)
     }
 
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError> {

@@ -185,7 +185,7 @@ fn calls_go_on_without_control_which_comes_back_with_all_it_knew() {
     let output = call_all(&mut engines, 0, &case.inputs, &uneven(300, 2)).unwrap();
     let comparison = Comparison::new(&output, &case.expected(BF16).unwrap());
     assert!(comparison.passes(BF16), "{comparison}");
-    control.restart().unwrap();
+    control.restart(&[]).unwrap();
     // Known at once, before anybody has dialled.
     let (_, known) = control.get("/api/v1/workers").unwrap();
     let first_seen = |worker: &Value| worker["first_seen_ms"].as_u64().unwrap();

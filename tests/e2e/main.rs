@@ -8,6 +8,7 @@ mod control;
 mod failures;
 mod field;
 mod groups;
+mod placements;
 mod raw;
 mod shutdown;
 

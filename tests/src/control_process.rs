@@ -17,47 +17,57 @@ use crate::worker_process::{program, until};
 pub struct Control {
     child: Child,
     address: String,
-    heartbeat_ms: u32,
+    options: Vec<String>,
     /// Its data folder, and the log.
     folder: TempDir,
 }
 
-/// Time between heartbeats: short, so that tests see soon who is lost.
-const HEARTBEAT_MS: u32 = 200;
+/// Heartbeats that let tests see soon who is lost.
+const QUICK: [&str; 2] = ["--heartbeat-ms", "200"];
 
 impl Control {
     /// Starts control on an empty folder and waits until it listens.
     pub fn start() -> Result<Self> {
-        Self::start_with(HEARTBEAT_MS)
+        Self::start_with(&QUICK)
     }
 
     /// The same, but workers that say nothing are not soon lost.
     pub fn start_patient() -> Result<Self> {
-        Self::start_with(60_000)
+        Self::start_with(&["--heartbeat-ms", "60000"])
     }
 
-    fn start_with(heartbeat_ms: u32) -> Result<Self> {
+    /// The same, with a file for the placement of the group `g`.
+    pub fn start_placing(file: &Path) -> Result<Self> {
+        Self::start_with(&[&QUICK[..], &["--placement", &format!("g={}", file.display())]].concat())
+    }
+
+    fn start_with(options: &[&str]) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("moe-control").tempdir()?;
-        let child = Self::child(folder.path(), "127.0.0.1:0", heartbeat_ms)?;
-        let mut control = Self { child, address: String::new(), heartbeat_ms, folder };
+        let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
+        let child = Self::child(folder.path(), "127.0.0.1:0", &options)?;
+        let mut control = Self { child, address: String::new(), options, folder };
         control.ready()?;
         Ok(control)
     }
 
-    /// Starts another process on the same folder at the same address, after the first has ended.
-    pub fn restart(&mut self) -> Result<()> {
+    /// Starts another process on the same folder at the same address, after the first has ended; `more`
+    /// options take the place of its placements.
+    pub fn restart(&mut self, more: &[&str]) -> Result<()> {
         // A process that was killed leaves the file.
         match fs::remove_file(self.data().join("address")) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
-        self.child = Self::child(self.folder.path(), &self.address, self.heartbeat_ms)?;
+        self.options.truncate(QUICK.len());
+        self.options.extend(more.iter().map(|&option| option.to_owned()));
+        self.child = Self::child(self.folder.path(), &self.address, &self.options)?;
         self.ready()
     }
 
-    fn child(folder: &Path, listen: &str, heartbeat_ms: u32) -> Result<Child> {
+    fn child(folder: &Path, listen: &str, options: &[String]) -> Result<Child> {
         Command::new(program("moeplane-control")?)
-            .args(["serve", "--window-ms", "300", "--heartbeat-ms", &heartbeat_ms.to_string()])
+            .args(["serve", "--window-ms", "300"])
+            .args(options)
             .args(["--listen", listen, "--data"])
             .arg(folder.join("data"))
             .stdin(Stdio::null())
@@ -108,6 +118,13 @@ impl Control {
     /// Status and body of a GET; null for a body that is no JSON.
     pub fn get(&self, path: &str) -> Result<(u16, Value)> {
         answer(agent().get(self.url(path)).call()?)
+    }
+
+    /// Status and tag of a GET by who has what `tag` says.
+    pub fn get_unless(&self, path: &str, tag: &str) -> Result<(u16, String)> {
+        let response = agent().get(self.url(path)).header("if-none-match", tag).call()?;
+        let tag = response.headers().get("etag").context("no tag")?.to_str()?;
+        Ok((response.status().as_u16(), tag.to_owned()))
     }
 
     /// Status and body of a POST without a body.

@@ -48,7 +48,9 @@ pub fn register((group, rank, ranks): (&str, u32, u32), layers: u32, experts: u3
             unserved: Vec::new(),
         },
         slots_per_rank: experts.div_ceil(ranks),
+        layer_slots: Vec::new(),
         max_tokens: 64,
+        asks: false,
     }
 }
 

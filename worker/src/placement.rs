@@ -1,5 +1,5 @@
-//! Where this rank's experts are: a placement for every layer, read from a file or made, and turned
-//! into what a device loads.
+//! Where this rank's experts are: a placement for every layer, from control, from a file, or made, and
+//! turned into what a device loads.
 
 use std::fs;
 use std::io;
@@ -10,12 +10,14 @@ use kernels::device::LayerSlots;
 use kernels::route::RouteTable;
 use protocol::ids::RankId;
 use protocol::placement::{Placement, PlacementError, RoutingTable};
+use protocol::session::LayerPlacement;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::GroupConfig;
 
-/// Epoch of the placement that a worker starts with.
-const FIRST_EPOCH: u64 = 0;
+/// Epoch of a placement that is a worker's own.
+const OWN_EPOCH: u64 = 0;
 
 /// A placement that cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -57,49 +59,146 @@ pub enum PlaceError {
         #[source]
         source: PlacementError,
     },
+    /// A placement from elsewhere, for other ranks, experts or slots.
+    #[error("{what} of layer {layer} is {got}, expected {expected}")]
+    Fit {
+        /// The layer.
+        layer: u32,
+        /// What does not fit.
+        what: &'static str,
+        /// What it is.
+        got: u32,
+        /// What there is room for.
+        expected: u32,
+    },
+    /// A placement from elsewhere, of other layers.
+    #[error("the layers are {got:?}, the model has {expected:?}")]
+    Other {
+        /// Its layers.
+        got: Vec<u32>,
+        /// The model's.
+        expected: Vec<u32>,
+    },
 }
 
 /// The placement of every layer, in the order of the model's layers.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placements {
-    layers: Vec<Placement>,
+    layers: Vec<LayerPlacement>,
+}
+
+/// What a group holds, for a rank that comes back while control is away.
+#[derive(Serialize, Deserialize)]
+struct Remembered {
+    /// Digest of the model.
+    model: String,
+    layers: Vec<LayerPlacement>,
 }
 
 impl Placements {
-    /// Reads or makes the placements that a group starts with.
-    pub(crate) fn new(group: &GroupConfig, layers: &[MoeLayer]) -> Result<Self, PlaceError> {
+    /// Reads or makes the placements of this worker's own configuration.
+    pub(crate) fn own(group: &GroupConfig, layers: &[MoeLayer]) -> Result<Self, PlaceError> {
         let placements = match &group.placement {
             Some(path) => read(path, group.ranks, layers)?,
             None => contiguous(group.ranks, group.slots_per_rank, layers)?,
         };
-        Ok(Self { layers: placements })
+        Ok(Self::of(placements, layers))
+    }
+
+    /// Those of a worker that is alone.
+    pub(crate) fn alone(layers: &[MoeLayer]) -> Result<Self, PlaceError> {
+        Ok(Self::of(contiguous(1, 0, layers)?, layers))
+    }
+
+    fn of(placements: Vec<Placement>, layers: &[MoeLayer]) -> Self {
+        let of = |(layer, placement): (&MoeLayer, Placement)| LayerPlacement {
+            layer: layer.number,
+            epoch: OWN_EPOCH,
+            placement,
+        };
+        Self { layers: layers.iter().zip(placements).map(of).collect() }
+    }
+
+    /// Takes placements from elsewhere in place of these, if they fit: the same layers, ranks and experts,
+    /// and no more slots.
+    pub(crate) fn replaced_by(&self, layers: Vec<LayerPlacement>) -> Result<Self, PlaceError> {
+        let numbers = |layers: &[LayerPlacement]| layers.iter().map(|layer| layer.layer).collect();
+        let [got, expected]: [Vec<u32>; 2] = [numbers(&layers), numbers(&self.layers)];
+        if got != expected {
+            return Err(PlaceError::Other { got, expected });
+        }
+        for (own, LayerPlacement { layer, placement, .. }) in self.layers.iter().zip(&layers) {
+            let own = &own.placement;
+            let fit = |what, got: u32, expected: u32| {
+                let layer = *layer;
+                Err(PlaceError::Fit { layer, what, got, expected })
+            };
+            if placement.ranks() != own.ranks() {
+                return fit("the number of ranks", placement.ranks(), own.ranks());
+            }
+            if placement.experts() != own.experts() {
+                return fit("the number of experts", placement.experts(), own.experts());
+            }
+            if placement.slots_per_rank() > own.slots_per_rank() {
+                let slots = placement.slots_per_rank();
+                return fit("the number of slots a rank", slots, own.slots_per_rank());
+            }
+        }
+        Ok(Self { layers })
     }
 
     /// What `rank` holds of the layer at `position`.
     pub(crate) fn slots(&self, position: usize, rank: u32) -> LayerSlots {
-        let placement = &self.layers[position];
+        let LayerPlacement { epoch, placement, .. } = &self.layers[position];
         let experts = placement.slots_of_rank(RankId(rank)).iter();
         let RoutingTable { replica_start, slots, cumulative } = RoutingTable::even(placement);
         LayerSlots {
-            epoch: FIRST_EPOCH,
+            epoch: *epoch,
             experts: experts.map(|slot| slot.map(|expert| expert.0)).collect(),
             route: RouteTable { replica_start, slots, cumulative },
         }
     }
 
-    /// Slots of a rank in the layer that has most.
-    pub(crate) fn slots_per_rank(&self) -> u32 {
-        self.layers.iter().map(Placement::slots_per_rank).max().unwrap_or(0)
+    /// Slots of a rank in each layer.
+    pub(crate) fn slots_per_rank(&self) -> Vec<u32> {
+        self.layers.iter().map(|layer| layer.placement.slots_per_rank()).collect()
     }
 
-    /// Equal on all ranks whose placements are.
+    /// What control is told.
+    pub(crate) fn layers(&self) -> &[LayerPlacement] {
+        &self.layers
+    }
+
+    /// Equal on all ranks whose placements and epochs are.
     pub(crate) fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        for layer in &self.layers {
-            hash.update(format!("{:?};", layer.to_phy2log()));
+        for LayerPlacement { epoch, placement, .. } in &self.layers {
+            hash.update(format!("{epoch} {:?};", placement.to_phy2log()));
         }
         hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
+
+    /// Writes what the group holds, for [`Self::remembered`].
+    pub(crate) fn remember(&self, group: &GroupConfig, model: &str) -> io::Result<()> {
+        let remembered = Remembered { model: model.to_owned(), layers: self.layers.clone() };
+        // Whole or not at all: other ranks write the same.
+        let path = memory(group);
+        let beside = group.dir.join(format!("moeplane_placement-{}:{}", group.name, group.rank));
+        fs::write(&beside, serde_json::to_vec(&remembered)?)?;
+        fs::rename(&beside, &path)
+    }
+
+    /// What the group held last on this host, if it was of this model.
+    pub(crate) fn remembered(group: &GroupConfig, model: &str) -> Option<Vec<LayerPlacement>> {
+        let text = fs::read(memory(group)).ok()?;
+        let remembered: Remembered = serde_json::from_slice(&text).ok()?;
+        (remembered.model == model).then_some(remembered.layers)
+    }
+}
+
+/// Beside the group's heap, under a name that no heap has.
+fn memory(group: &GroupConfig) -> PathBuf {
+    group.dir.join(format!("moeplane_placement-{}", group.name))
 }
 
 fn read(path: &Path, ranks: u32, layers: &[MoeLayer]) -> Result<Vec<Placement>, PlaceError> {

@@ -1,17 +1,19 @@
-//! What the rank's thread tells the uplink's: engine, counts of calls, and load. Nothing here is held
-//! over a wait.
+//! What the rank's thread tells the uplink's: what it holds, engine, counts of calls, and load. Nothing
+//! here is held over a wait.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use protocol::session::{EngineState, Heartbeat, Window};
+use protocol::session::{EngineState, Heartbeat, LayerPlacement, Window};
 
 use crate::load::Load;
 
 /// Written by the rank's thread alone. A reader may see a call that another word does not have yet.
 #[derive(Debug)]
 pub(crate) struct Pulse {
+    /// Set once the rank is ready.
+    pub(crate) holds: OnceLock<Vec<LayerPlacement>>,
     engine: AtomicU8,
     calls: AtomicU64,
     refused: AtomicU64,
@@ -20,8 +22,8 @@ pub(crate) struct Pulse {
 
 impl Pulse {
     pub(crate) fn new() -> Self {
-        let (engine, calls, refused) = Default::default();
-        Self { engine, calls, refused, load: Mutex::new(Load::new(now_ms())) }
+        let (holds, engine, calls, refused) = Default::default();
+        Self { holds, engine, calls, refused, load: Mutex::new(Load::new(now_ms())) }
     }
 
     pub(crate) fn set_engine(&self, engine: EngineState) {

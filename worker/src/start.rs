@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kernels::checkpoint::{Checkpoint, CheckpointError};
+use kernels::checkpoint::{Checkpoint, CheckpointError, MoeLayer};
 use kernels::cpu::{CpuDevice, CpuOptions, CpuSlots};
 use kernels::cuda::CudaDevice;
 use kernels::device::{Device, LoadError};
@@ -19,6 +19,7 @@ use protocol::session::{ModelInfo, Register, SESSION_VERSION};
 
 use crate::Rank;
 use crate::config::{Config, ConfigError, DeviceKind, GroupConfig};
+use crate::limits::CONTROL_PATIENCE;
 use crate::model::Model;
 use crate::placement::{PlaceError, Placements};
 use crate::pulse::now_ms;
@@ -87,24 +88,19 @@ impl Rank {
         for layer in &model.unserved {
             tracing::info!(layer = layer.number, reason = layer.reason, "not served");
         }
-        let group = config.group.as_ref();
-        let placements =
-            group.map(|group| Placements::new(group, checkpoint.layers())).transpose()?;
         // The group and control know the model by it.
-        let known = group.is_some() || config.control.is_some();
+        let known = config.group.is_some() || config.control.is_some();
         let digest = known.then(|| checkpoint.digest()).transpose().map_err(LoadError::from)?;
         let digest = digest.unwrap_or_default();
-        let grouped = group.zip(placements.as_ref());
-        let mut device: Box<dyn Device> = match (grouped, config.device.kind) {
+        let known = Known { config, checkpoint: &checkpoint, model: &model, digest };
+        let Started { mut device, placements, uplink } = match (&config.group, config.device.kind) {
             (None, DeviceKind::Cpu) => {
-                Box::new(CpuDevice::alone(options, &checkpoint, max_tokens)?)
+                known.alone(Box::new(CpuDevice::alone(options, &checkpoint, max_tokens)?))?
             }
             (None, DeviceKind::Cuda) => {
-                Box::new(CudaDevice::alone(&config.device.cuda(), &checkpoint)?)
+                known.alone(Box::new(CudaDevice::alone(&config.device.cuda(), &checkpoint)?))?
             }
-            (Some(grouped), _) => {
-                Box::new(join(grouped, options, (&checkpoint, &digest), max_tokens)?)
-            }
+            (Some(group), _) => known.in_group(group, options)?,
         };
         let heap = Arc::clone(device.group().heap());
         let watch = config.group.is_some().then(|| Watch::start(&heap)).transpose();
@@ -122,80 +118,156 @@ impl Rank {
             loaded_ms = started.elapsed().as_millis(),
             "ready"
         );
-        let uplink = config.control.as_ref().map(|control| {
-            let register = register(config, (&model, digest), placements, device.as_mut());
-            Uplink::start(control.clone(), register).map_err(StartError::Uplink)
-        });
-        Ok(Self::new(device, model, max_tokens, listener, watch, uplink.transpose()?))
+        if let Some(uplink) = &uplink {
+            // Now, and not when it was asked for: engines can connect.
+            uplink.pulse.holds.get_or_init(|| placements.layers().to_vec());
+        }
+        Ok(Self::new(device, model, max_tokens, listener, watch, uplink))
     }
 }
 
-/// What control is told of this worker.
-fn register(
-    config: &Config,
-    (model, digest): (&Model, String),
-    placements: Option<Placements>,
-    device: &mut dyn Device,
-) -> Register {
-    let group = config.group.as_ref();
-    let slots_per_rank = match placements {
-        Some(placements) => placements.slots_per_rank(),
-        None => model.layers.iter().map(|layer| layer.experts).max().unwrap_or(0),
-    };
-    let act = match model.no_nvfp4 {
-        None => vec![ActFormat::Bf16, ActFormat::Nvfp4],
-        Some(_) => vec![ActFormat::Bf16],
-    };
-    Register {
-        version: SESSION_VERSION,
-        group: group.map_or_else(|| model.name.clone(), |group| group.name.clone()),
-        rank: device.group().rank(),
-        ranks: device.group().ranks(),
-        incarnation: now_ms(),
-        pid: std::process::id(),
-        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-        socket: config.engine.socket.display().to_string(),
-        device: device.describe(),
-        model: ModelInfo {
-            name: model.name.clone(),
-            digest,
-            act,
-            layers: model.layers.clone(),
-            unserved: model.unserved.clone(),
-        },
-        slots_per_rank,
-        max_tokens: config.engine.max_tokens,
+/// What is known before anything is loaded.
+struct Known<'a> {
+    config: &'a Config,
+    checkpoint: &'a Checkpoint,
+    model: &'a Model,
+    /// Of the model; empty if nobody asks for it.
+    digest: String,
+}
+
+/// A rank that has loaded.
+struct Started {
+    device: Box<dyn Device>,
+    placements: Placements,
+    uplink: Option<Uplink>,
+}
+
+impl Known<'_> {
+    fn alone(self, device: Box<dyn Device>) -> Result<Started, StartError> {
+        let placements = Placements::alone(self.checkpoint.layers())?;
+        let uplink = self.dial(&placements, device.describe())?;
+        Ok(Started { device, placements, uplink })
+    }
+
+    /// Asks control what to load, loads, and joins: last, so that nobody waits for a rank that loads.
+    fn in_group(self, group: &GroupConfig, options: CpuOptions) -> Result<Started, StartError> {
+        let layers = self.checkpoint.layers();
+        let own = Placements::own(group, layers)?;
+        let mut slots = CpuSlots::new(options).map_err(LoadError::from)?;
+        let uplink = self.dial(&own, slots.describe())?;
+        let placements = match &uplink {
+            // Whoever gave this worker a file has decided.
+            Some(uplink) if group.placement.is_none() => self.placed(uplink, group, own),
+            Some(_) | None => own,
+        };
+        for position in 0..layers.len() {
+            slots.load(self.checkpoint, position, placements.slots(position, group.rank))?;
+        }
+        let max_tokens = self.config.engine.max_tokens;
+        let device =
+            join(group, slots, max_tokens, layers, &self.terms(group, &placements, options))?;
+        if uplink.is_some()
+            && let Err(error) = placements.remember(group, &self.digest)
+        {
+            tracing::warn!(%error, "the group's placement is not remembered");
+        }
+        Ok(Started { device: Box::new(device), placements, uplink })
+    }
+
+    /// What control wants this rank to load, what the group held last if control is away, or its own.
+    fn placed(&self, uplink: &Uplink, group: &GroupConfig, own: Placements) -> Placements {
+        let (from, layers) = match uplink.placed.recv_timeout(CONTROL_PATIENCE) {
+            Ok(layers) if layers.is_empty() => return own,
+            Ok(layers) => ("control", layers),
+            Err(_away) => match Placements::remembered(group, &self.digest) {
+                Some(layers) => ("what the group held last, as control is away", layers),
+                None => {
+                    tracing::warn!("control is away: this rank holds what its configuration says");
+                    return own;
+                }
+            },
+        };
+        match own.replaced_by(layers) {
+            Ok(placements) => {
+                tracing::info!(from, digest = placements.digest(), "placed");
+                placements
+            }
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(error, from, "a placement does not fit: this rank holds its own");
+                own
+            }
+        }
+    }
+
+    /// Starts the session with control, if there is to be one.
+    fn dial(&self, own: &Placements, device: String) -> Result<Option<Uplink>, StartError> {
+        let Some(control) = &self.config.control else { return Ok(None) };
+        let register = self.register(own, device);
+        Uplink::start(control.clone(), register).map(Some).map_err(StartError::Uplink)
+    }
+
+    /// What control is told of this worker.
+    fn register(&self, own: &Placements, device: String) -> Register {
+        let Self { config, model, digest, .. } = self;
+        let group = config.group.as_ref();
+        let layer_slots = own.slots_per_rank();
+        let act = match model.no_nvfp4 {
+            None => vec![ActFormat::Bf16, ActFormat::Nvfp4],
+            Some(_) => vec![ActFormat::Bf16],
+        };
+        Register {
+            version: SESSION_VERSION,
+            group: group.map_or_else(|| model.name.clone(), |group| group.name.clone()),
+            rank: group.map_or(0, |group| group.rank),
+            ranks: group.map_or(1, |group| group.ranks),
+            incarnation: now_ms(),
+            pid: std::process::id(),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            socket: config.engine.socket.display().to_string(),
+            device,
+            model: ModelInfo {
+                name: model.name.clone(),
+                digest: digest.clone(),
+                act,
+                layers: model.layers.clone(),
+                unserved: model.unserved.clone(),
+            },
+            slots_per_rank: layer_slots.iter().copied().max().unwrap_or(0),
+            layer_slots,
+            max_tokens: config.engine.max_tokens,
+            asks: group.is_some_and(|group| group.placement.is_none()),
+        }
+    }
+
+    /// What all ranks of the group must have in common.
+    fn terms(&self, group: &GroupConfig, placements: &Placements, options: CpuOptions) -> Terms {
+        let device = |tactic: Option<String>| tactic.unwrap_or_else(|| "by tokens".to_owned());
+        [
+            ("protocol version", VERSION.to_string()),
+            ("ranks", group.ranks.to_string()),
+            ("max_tokens", self.config.engine.max_tokens.to_string()),
+            ("model digest", self.digest.clone()),
+            ("placement digest", placements.digest()),
+            ("instruction set", options.chosen_isa().to_string()),
+            ("tactic", device(options.tactic.map(|tactic| tactic.to_string()))),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
     }
 }
 
-/// Loads this rank's slots and joins the group: last, so that nobody waits for a rank that loads.
 fn join(
-    (group, placements): (&GroupConfig, &Placements),
-    options: CpuOptions,
-    (checkpoint, digest): (&Checkpoint, &str),
+    group: &GroupConfig,
+    slots: CpuSlots,
     max_tokens: u32,
+    layers: &[MoeLayer],
+    terms: &Terms,
 ) -> Result<CpuDevice, StartError> {
-    let layers = checkpoint.layers();
-    let mut slots = CpuSlots::new(options).map_err(LoadError::from)?;
-    for position in 0..layers.len() {
-        slots.load(checkpoint, position, placements.slots(position, group.rank))?;
-    }
     let shape = HeapShape::of_group(group.ranks, max_tokens, layers);
-    let device = |tactic: Option<String>| tactic.unwrap_or_else(|| "by tokens".to_owned());
-    let terms: Terms = [
-        ("protocol version", VERSION.to_string()),
-        ("ranks", group.ranks.to_string()),
-        ("max_tokens", max_tokens.to_string()),
-        ("model digest", digest.to_owned()),
-        ("placement digest", placements.digest()),
-        ("instruction set", options.chosen_isa().to_string()),
-        ("tactic", device(options.tactic.map(|tactic| tactic.to_string()))),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .into();
     let membership =
         Membership { folder: group.dir.clone(), name: group.name.clone(), rank: group.rank };
-    let heap = ShmHeap::join(&membership, shape, &terms)?;
+    let heap = ShmHeap::join(&membership, shape, terms)?;
     let deadline = Duration::from_millis(group.deadline_ms);
     Ok(CpuDevice::new(slots, Group::new(Arc::new(heap), deadline)))
 }

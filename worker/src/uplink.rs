@@ -1,5 +1,6 @@
 //! The session with control: a thread of its own, so that nothing of it is on the way of a call. It
-//! dials, registers, and says how the rank is; when control is away it tries again.
+//! dials, registers, hands on what control wants the rank to load, and says how the rank is; when control
+//! is away it tries again.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -8,10 +9,11 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use protocol::session::{FromControl, FromWorker, Register, SESSION_PATH, Window};
+use protocol::session::{FromControl, FromWorker, LayerPlacement, Register, SESSION_PATH, Window};
 use tungstenite::client::IntoClientRequest;
 use tungstenite::http::header::{AUTHORIZATION, HeaderValue, InvalidHeaderValue};
 use tungstenite::{HandshakeError, Message, WebSocket};
@@ -25,6 +27,8 @@ use crate::pulse::{Pulse, now_ms};
 pub(crate) struct Uplink {
     /// What control is told of the rank.
     pub(crate) pulse: Arc<Pulse>,
+    /// What control wants the rank to load: nothing if it leaves that to the rank.
+    pub(crate) placed: Receiver<Vec<LayerPlacement>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -60,9 +64,10 @@ impl Uplink {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let windows = Windows::new(pulse);
-        let dialler = Dialler { config, register, windows, stop: stopped };
+        let (place, placed) = sync_channel(1);
+        let dialler = Dialler { config, register, windows, place, stop: stopped };
         let thread = thread::Builder::new().name("uplink".to_owned()).spawn(|| dialler.run())?;
-        Ok(Self { pulse: told, stop, thread: Some(thread) })
+        Ok(Self { pulse: told, placed, stop, thread: Some(thread) })
     }
 }
 
@@ -81,7 +86,16 @@ struct Dialler {
     config: ControlConfig,
     register: Register,
     windows: Windows,
+    place: SyncSender<Vec<LayerPlacement>>,
     stop: Arc<AtomicBool>,
+}
+
+/// What was said in a session.
+#[derive(Default)]
+struct Said {
+    holds: bool,
+    /// Number of a window.
+    window: Option<u64>,
 }
 
 /// Windows as they end, until control has kept them.
@@ -156,40 +170,42 @@ impl Dialler {
     /// One session, to its end; sets `stood` once control has welcomed this worker.
     fn session(&mut self, stood: &mut bool) -> Result<(), Lost> {
         let mut socket = self.dial()?;
+        // Who has loaded has nothing to ask.
+        self.register.asks &= self.windows.pulse.holds.get().is_none();
         say(&mut socket, &FromWorker::Register(Box::new(self.register.clone())))?;
         let beat = self.welcome(&mut socket)?;
         *stood = true;
         tracing::info!(url = self.config.url, "session with control stands");
-        let (mut next, mut told) = (Instant::now(), None);
+        let (mut next, mut said) = (Instant::now(), Said::default());
         while !self.stop.load(Ordering::Acquire) {
             if Instant::now() >= next {
                 say(&mut socket, &FromWorker::Heartbeat(self.windows.pulse.heartbeat()))?;
                 next = Instant::now() + beat;
             }
             self.windows.close_due();
-            self.exchange(&mut socket, &mut told)?;
+            self.exchange(&mut socket, &mut said)?;
         }
         // What was served last is not lost, if control is quick.
         self.windows.close(None);
         let began = Instant::now();
         while !self.windows.unkept.is_empty() && began.elapsed() < FAREWELL {
-            self.exchange(&mut socket, &mut told)?;
+            self.exchange(&mut socket, &mut said)?;
         }
         socket.close(None)?;
         Ok(())
     }
 
-    /// Says the oldest window, unless it was said, and hears what control says.
-    fn exchange(
-        &mut self,
-        socket: &mut WebSocket<TcpStream>,
-        told: &mut Option<u64>,
-    ) -> Result<(), Lost> {
+    /// Says what the rank holds and its oldest window, unless that was said, and hears what control says.
+    fn exchange(&mut self, socket: &mut WebSocket<TcpStream>, said: &mut Said) -> Result<(), Lost> {
+        if let Some(layers) = self.windows.pulse.holds.get().filter(|_| !said.holds) {
+            say(socket, &FromWorker::Holds { layers: layers.clone() })?;
+            said.holds = true;
+        }
         if let Some(oldest) = self.windows.unkept.front()
-            && *told != Some(oldest.number)
+            && said.window != Some(oldest.number)
         {
             say(socket, &FromWorker::Window(oldest.clone()))?;
-            *told = Some(oldest.number);
+            said.window = Some(oldest.number);
         }
         match hear(socket)? {
             Some(FromControl::Refused { reason }) => Err(Lost::Refused { reason }),
@@ -199,6 +215,13 @@ impl Dialler {
             }
             Some(FromControl::Close { mark_ms }) => {
                 self.windows.close(Some(mark_ms));
+                Ok(())
+            }
+            Some(FromControl::Place { layers }) => {
+                // A rank that has waited long enough for it has loaded something else.
+                if self.place.try_send(layers).is_err() {
+                    tracing::info!("control's placement comes too late to be loaded");
+                }
                 Ok(())
             }
             Some(FromControl::Welcome { .. }) | None => Ok(()),
@@ -238,7 +261,7 @@ impl Dialler {
                     return Ok(Duration::from_millis(heartbeat_ms));
                 }
                 Some(FromControl::Refused { reason }) => return Err(Lost::Refused { reason }),
-                Some(FromControl::Kept { .. } | FromControl::Close { .. }) | None => {}
+                Some(_) | None => {}
             }
         }
         Err(Lost::Silent)

@@ -26,6 +26,8 @@ pub(crate) enum ApiError {
     NotReady { missing: String },
     #[error("the database does not answer")]
     Store(#[from] StoreError),
+    #[error("the answer cannot be written")]
+    Json(#[source] serde_json::Error),
 }
 
 /// What is wrong (RFC 9457).
@@ -57,6 +59,7 @@ impl ApiError {
             Self::Credential => (StatusCode::UNAUTHORIZED, "credential"),
             Self::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
             Self::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "database"),
+            Self::Json(_) => (StatusCode::INTERNAL_SERVER_ERROR, "answer"),
         }
     }
 }
@@ -64,8 +67,8 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let (status, code) = self.kind();
-        if let Self::Store(error) = &self {
-            tracing::error!(error = error as &dyn std::error::Error, "a request failed");
+        if status.is_server_error() && code != "not_ready" {
+            tracing::error!(error = &self as &dyn std::error::Error, "a request failed");
         }
         let title = self.to_string();
         let problem = Problem { r#type: "about:blank", status: status.as_u16(), code, title };

@@ -2,11 +2,11 @@
 //! between processes does.
 
 use protocol::message::{ServedLayer, UnservedLayer};
-use protocol::session::EngineState;
+use protocol::session::{EngineState, ModelInfo};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::fleet::Worker;
+use crate::fleet::{Presence, Worker};
 
 /// A part of a list.
 #[derive(Serialize, ToSchema)]
@@ -26,7 +26,7 @@ pub(crate) struct WorkerView {
     rank: u32,
     /// Ranks of the group.
     ranks: u32,
-    /// Whether it is connected and was heard of lately.
+    /// Whether it is there.
     state: WorkerState,
     /// When it registered first, in milliseconds since 1970.
     first_seen_ms: u64,
@@ -65,21 +65,33 @@ pub(crate) struct WorkerView {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum WorkerState {
-    /// Connected, and heard of lately.
+    /// Heard of lately, and ready: engines can connect to it.
     Connected,
-    /// Not so.
+    /// Heard of lately; it has not said what it holds yet.
+    Loading,
+    /// Not heard of.
     Lost,
 }
 
+impl From<Presence> for WorkerState {
+    fn from(presence: Presence) -> Self {
+        match presence {
+            Presence::Ready => Self::Connected,
+            Presence::Loading => Self::Loading,
+            Presence::Lost => Self::Lost,
+        }
+    }
+}
+
 impl WorkerView {
-    pub(crate) fn new(worker: &Worker, is_there: bool) -> Self {
+    pub(crate) fn new(worker: &Worker, presence: Presence) -> Self {
         let register = &worker.register;
-        let beat = worker.heartbeat.filter(|_| is_there);
+        let beat = worker.heartbeat.filter(|_| presence != Presence::Lost);
         Self {
             group: register.group.clone(),
             rank: register.rank,
             ranks: register.ranks,
-            state: if is_there { WorkerState::Connected } else { WorkerState::Lost },
+            state: presence.into(),
             first_seen_ms: worker.first_seen_ms,
             last_seen_ms: worker.last_seen_ms,
             started_ms: register.incarnation,
@@ -110,10 +122,48 @@ pub(crate) struct GroupView {
     pub(crate) digest: String,
     /// Ranks that it has when it is whole.
     pub(crate) ranks: u32,
-    /// Ranks that are not there.
+    /// Ranks that are not there, or not ready.
     pub(crate) missing: Vec<u32>,
+    /// Why it was not told what to hold; its workers hold what their configuration says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) problem: Option<String>,
     /// Layers that are served.
     pub(crate) layers: usize,
+}
+
+/// A model.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ModelView {
+    /// Of shapes, scales, and a sample of every tensor.
+    digest: String,
+    /// Its name: that of the checkpoint's folder.
+    name: String,
+    /// Activation formats that engines may attach for.
+    act: Vec<String>,
+    /// Its layers.
+    layers: Vec<LayerView>,
+    /// The groups that serve it.
+    pub(crate) groups: Vec<String>,
+}
+
+impl From<&ModelInfo> for ModelView {
+    fn from(model: &ModelInfo) -> Self {
+        Self {
+            digest: model.digest.clone(),
+            name: model.name.clone(),
+            act: model.act.iter().map(ToString::to_string).collect(),
+            layers: layers_of(model),
+            groups: Vec::new(),
+        }
+    }
+}
+
+/// Those that are served, and the others, ascending.
+pub(crate) fn layers_of(model: &ModelInfo) -> Vec<LayerView> {
+    let mut all: Vec<LayerView> = model.layers.iter().map(LayerView::from).collect();
+    all.extend(model.unserved.iter().map(LayerView::from));
+    all.sort_by_key(|layer| layer.number);
+    all
 }
 
 /// A layer of a group's model.
@@ -142,12 +192,6 @@ pub(crate) struct ShapeView {
     hidden: u32,
     /// Width of an expert's intermediate.
     intermediate: u32,
-}
-
-impl LayerView {
-    pub(crate) fn number(&self) -> u32 {
-        self.number
-    }
 }
 
 impl From<&ServedLayer> for LayerView {

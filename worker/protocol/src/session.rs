@@ -6,6 +6,8 @@
 //! worker                              control
 //!   Register                   ->
 //!                              <-     Welcome, or Refused and the end
+//!                              <-     Place, if the worker asks for a placement
+//!   Holds, once it has loaded  ->
 //!   Heartbeat, again and again ->
 //!   Window                     ->
 //!                              <-     Kept
@@ -16,13 +18,17 @@
 //! numbered, so that one that comes twice counts once. They end when the clock shows a multiple of
 //! their length, so that those of all ranks cover the same time, and when control asks for it.
 //!
-//! A worker serves whether or not control is there.
+//! A worker that belongs to a group asks what to hold before it loads, and says what it holds in every
+//! session afterwards: that, and not what was asked for, is in force. It serves whether or not control is
+//! there; without an answer it holds what its group held last, or what its own configuration says.
 
 use serde::{Deserialize, Serialize};
 
 use crate::message::{ActFormat, Phase, ServedLayer, UnservedLayer};
+use crate::placement::Placement;
 
-/// Version of these messages. Since 2, control may say `Close`.
+/// Version of these messages. Since 2, a worker may ask for a placement and
+/// says what it holds, and control may say `Close`.
 pub const SESSION_VERSION: u32 = 2;
 
 /// The oldest version that control accepts: the one before its own. A worker is told nothing that its
@@ -38,6 +44,11 @@ pub const SESSION_PATH: &str = "/api/v1/session";
 pub enum FromWorker {
     /// First, once.
     Register(Box<Register>),
+    /// What the rank holds of every layer that it serves; from then on it is ready.
+    Holds {
+        /// In the order of the model's layers.
+        layers: Vec<LayerPlacement>,
+    },
     /// The worker lives, and how it is.
     Heartbeat(Heartbeat),
     /// The oldest window that control has not kept.
@@ -56,6 +67,11 @@ pub enum FromControl {
         heartbeat_ms: u64,
         /// Milliseconds of a window.
         window_ms: u64,
+    },
+    /// What the worker is to load.
+    Place {
+        /// In the order of the model's layers; empty if control has none for it.
+        layers: Vec<LayerPlacement>,
     },
     /// A window is stored.
     Kept {
@@ -100,8 +116,25 @@ pub struct Register {
     pub model: ModelInfo,
     /// Slots of the rank in the layer that has most.
     pub slots_per_rank: u32,
+    /// Room of the rank in each layer, in slots, in the order of the model's layers.
+    #[serde(default)]
+    pub layer_slots: Vec<u32>,
     /// Most tokens of a call.
     pub max_tokens: u32,
+    /// Whether the worker waits to be told what to load.
+    #[serde(default)]
+    pub asks: bool,
+}
+
+/// The placement of one layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerPlacement {
+    /// The model's number of the layer.
+    pub layer: u32,
+    /// Number under which control has committed it; 0 for one of the worker's own.
+    pub epoch: u64,
+    /// The expert of every slot of the group.
+    pub placement: Placement,
 }
 
 /// What a worker serves: the same on all ranks of a group.

@@ -1,0 +1,186 @@
+//! Placements: what is in force, what is asked for, and what was.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use protocol::message::ServedLayer;
+use protocol::placement::Placement;
+use protocol::session::{LayerPlacement, Register};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::error::{ApiError, Problem};
+use super::tag::tagged;
+use super::views::Page;
+use super::{PathOf, QueryOf, checked_limit};
+use crate::fleet::Fleet;
+use crate::state::{Shared, now_ms};
+use crate::store::placements::Committed;
+
+/// A layer, and what its group holds of it.
+#[derive(Serialize, ToSchema)]
+pub(super) struct PlacementView {
+    /// The model's number of the layer.
+    layer: u32,
+    /// Experts.
+    experts: u32,
+    /// What every rank says that it holds; null while one is missing or loading, or holds another.
+    in_force: Option<PlacedView>,
+    /// The newest that is committed; null if none is.
+    asked: Option<CommittedView>,
+    /// Ranks that do not hold what is asked for, or are not there.
+    waiting: Vec<u32>,
+}
+
+/// A placement under its number.
+#[derive(Serialize, ToSchema)]
+pub(super) struct PlacedView {
+    /// Its number; 0 for one of the workers' own.
+    epoch: u64,
+    /// Slots of a rank.
+    slots_per_rank: u32,
+    /// The expert of every slot, rank by rank; -1 is an empty slot.
+    phy2log: Vec<i64>,
+}
+
+impl PlacedView {
+    fn new(epoch: u64, placement: &Placement) -> Self {
+        let (slots_per_rank, phy2log) = (placement.slots_per_rank(), placement.to_phy2log());
+        Self { epoch, slots_per_rank, phy2log }
+    }
+}
+
+/// A committed placement.
+#[derive(Serialize, ToSchema)]
+pub(super) struct CommittedView {
+    #[serde(flatten)]
+    placed: PlacedView,
+    /// What it comes from: `default` (experts in order) or `file`.
+    source: String,
+    /// When it was committed, in milliseconds since 1970.
+    made_ms: u64,
+}
+
+impl From<&Committed> for CommittedView {
+    fn from(committed: &Committed) -> Self {
+        let Committed { epoch, placement, source, made_ms, .. } = committed;
+        let placed = PlacedView::new(*epoch, placement);
+        Self { placed, source: source.clone(), made_ms: *made_ms }
+    }
+}
+
+/// The placement of every layer of a group, with an entity tag.
+#[utoipa::path(get, path = "/api/v1/groups/{group}/placements", params(("group" = String, Path)),
+    responses((status = 200, body = Vec<PlacementView>), (status = 304),
+        (status = 404, body = Problem)))]
+pub(super) async fn placements(
+    State(state): State<Shared>,
+    PathOf(group): PathOf<String>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    tagged(&headers, &views(&state, &group, None).await?)
+}
+
+/// The placement of one layer of a group, with an entity tag.
+#[utoipa::path(get, path = "/api/v1/groups/{group}/placements/{layer}",
+    params(("group" = String, Path), ("layer" = u32, Path)),
+    responses((status = 200, body = PlacementView), (status = 304),
+        (status = 404, body = Problem)))]
+pub(super) async fn placement(
+    State(state): State<Shared>,
+    PathOf((group, layer)): PathOf<(String, u32)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let view = views(&state, &group, Some(layer)).await?.pop();
+    let view = view.ok_or_else(|| no_layer(&group, layer))?;
+    tagged(&headers, &view)
+}
+
+/// Which part of a layer's history.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Part {
+    /// Most items, 1 to 500.
+    limit: Option<usize>,
+    /// `next` of the part before.
+    cursor: Option<String>,
+}
+
+/// The committed placements of a layer, newest first. They never change.
+#[utoipa::path(get, path = "/api/v1/groups/{group}/placements/{layer}/epochs",
+    params(("group" = String, Path), ("layer" = u32, Path), Part),
+    responses((status = 200, body = Page<CommittedView>), (status = 400, body = Problem),
+        (status = 404, body = Problem)))]
+pub(super) async fn epochs(
+    State(state): State<Shared>,
+    PathOf((group, layer)): PathOf<(String, u32)>,
+    QueryOf(part): QueryOf<Part>,
+) -> Result<Json<Page<CommittedView>>, ApiError> {
+    let register = register_of(&state.fleet(), &group)?;
+    if !register.model.layers.iter().any(|known| known.number == layer) {
+        return Err(no_layer(&group, layer));
+    }
+    let limit = checked_limit(part.limit)?;
+    let before = match &part.cursor {
+        None => u64::MAX,
+        Some(cursor) => cursor.parse().map_err(|_no_number| ApiError::cursor(cursor))?,
+    };
+    let of = (&group[..], &register.model.digest[..]);
+    let mut found = state.store.epochs(of, layer, before, limit + 1).await?;
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let next = found.last().filter(|_| more).map(|last| last.epoch.to_string());
+    Ok(Json(Page { items: found.iter().map(CommittedView::from).collect(), next }))
+}
+
+async fn views(
+    state: &Shared,
+    group: &str,
+    only: Option<u32>,
+) -> Result<Vec<PlacementView>, ApiError> {
+    let register = register_of(&state.fleet(), group)?;
+    let asked = state.store.placements(group, &register.model.digest).await?;
+    let asked: BTreeMap<u32, Committed> =
+        asked.into_iter().map(|committed| (committed.layer, committed)).collect();
+    let fleet = state.fleet();
+    let (now_ms, patience_ms) = (now_ms(), state.patience_ms());
+    let in_force = fleet.in_force(group, now_ms, patience_ms);
+    let wanted = register.model.layers.iter().enumerate();
+    let wanted = wanted.filter(|(_, layer)| only.is_none_or(|only| layer.number == only));
+    let view = |(at, layer): (usize, &ServedLayer)| {
+        let asked = asked.get(&layer.number);
+        let held = in_force.and_then(|all| all.get(at));
+        let holds_asked = |held: &LayerPlacement| {
+            asked.is_none_or(|asked| {
+                (held.epoch, &held.placement) == (asked.epoch, &asked.placement)
+            })
+        };
+        let waits = |rank: &u32| {
+            let worker = fleet.groups.get(group).and_then(|ranks| ranks.get(rank));
+            let held = worker.and_then(|worker| worker.held(now_ms, patience_ms)?.get(at));
+            !held.is_some_and(holds_asked)
+        };
+        PlacementView {
+            layer: layer.number,
+            experts: layer.experts,
+            in_force: held.map(|held| PlacedView::new(held.epoch, &held.placement)),
+            asked: asked.map(CommittedView::from),
+            waiting: (0..register.ranks).filter(waits).collect(),
+        }
+    };
+    Ok(wanted.map(view).collect())
+}
+
+/// What one of the group's workers says of itself.
+fn register_of(fleet: &Fleet, group: &str) -> Result<Register, ApiError> {
+    let worker = fleet.groups.get(group).and_then(|ranks| ranks.values().next());
+    let none = || ApiError::NotFound { what: "group", name: group.to_owned() };
+    worker.map(|worker| worker.register.clone()).ok_or_else(none)
+}
+
+fn no_layer(group: &str, layer: u32) -> ApiError {
+    ApiError::NotFound { what: "served layer", name: format!("{group}/{layer}") }
+}

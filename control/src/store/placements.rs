@@ -1,0 +1,256 @@
+//! Committed placements.
+
+use protocol::message::ServedLayer;
+use protocol::placement::Placement;
+use protocol::session::{LayerPlacement, Register};
+use sqlx::{FromRow, SqliteConnection};
+
+use super::{Store, StoreError, signed};
+use crate::placing::{Misfit, PlacementFile, fits, in_order, rooms};
+
+/// What a placement comes from.
+const DEFAULT: &str = "default";
+const FILE: &str = "file";
+
+/// A placement of a layer, and where it comes from.
+#[derive(Debug, Clone)]
+pub(crate) struct Committed {
+    pub(crate) layer: u32,
+    pub(crate) epoch: u64,
+    pub(crate) placement: Placement,
+    pub(crate) source: String,
+    /// Milliseconds since 1970.
+    pub(crate) made_ms: u64,
+}
+
+impl From<Committed> for LayerPlacement {
+    fn from(committed: Committed) -> Self {
+        let Committed { layer, epoch, placement, .. } = committed;
+        Self { layer, epoch, placement }
+    }
+}
+
+/// Why there is nothing to hold.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlaceError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Misfit(#[from] Misfit),
+}
+
+#[derive(FromRow)]
+struct Row {
+    layer: u32,
+    epoch: i64,
+    placement: String,
+    source: String,
+    made_ms: i64,
+}
+
+impl TryFrom<Row> for Committed {
+    type Error = StoreError;
+
+    fn try_from(row: Row) -> Result<Self, StoreError> {
+        let Row { layer, epoch, source, .. } = row;
+        let placement = serde_json::from_str(&row.placement)
+            .map_err(|source| StoreError::Placement { layer, epoch, source })?;
+        let (epoch, made_ms) = (epoch.unsigned_abs(), row.made_ms.unsigned_abs());
+        Ok(Self { layer, epoch, placement, source, made_ms })
+    }
+}
+
+impl Store {
+    /// What a worker's group is to hold: the newest placements, unless they do not fit it or `file` is
+    /// another than the one that was committed last; then the file's, or experts in order, which are
+    /// committed.
+    pub(crate) async fn place(
+        &self,
+        of: &Register,
+        file: Option<&PlacementFile>,
+        now_ms: u64,
+    ) -> Result<Vec<LayerPlacement>, PlaceError> {
+        let mut transaction =
+            self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(StoreError::from)?;
+        let newest = newest(&mut transaction, &of.group, &of.model.digest).await?;
+        let last_file = last_file(&mut transaction, of).await?;
+        let changed = file.is_some_and(|file| Some(&file.digest) != last_file.as_ref());
+        let layers = of.model.layers.iter().zip(rooms(of));
+        let fitting: Option<Vec<LayerPlacement>> = layers
+            .map(|(layer, room)| {
+                let committed = newest.iter().find(|committed| committed.layer == layer.number)?;
+                let slots = committed.placement.slots_per_rank();
+                // Nobody has decided for fewer slots than there are now.
+                let stays = committed.source != DEFAULT || slots == room;
+                let fits = fits(of, layer, room, &committed.placement);
+                (stays && fits).then(|| committed.clone().into())
+            })
+            .collect();
+        if let Some(fitting) = fitting
+            && !changed
+        {
+            return Ok(fitting);
+        }
+        let (placements, source) = match file {
+            Some(file) => (file.placements(of)?, (FILE, Some(&file.digest))),
+            None => (in_order(of)?, (DEFAULT, None)),
+        };
+        let place = |(layer, placement): (&ServedLayer, Placement)| {
+            let before = newest.iter().find(|committed| committed.layer == layer.number);
+            let epoch = before.map_or(0, |committed| committed.epoch) + 1;
+            LayerPlacement { layer: layer.number, epoch, placement }
+        };
+        let placed: Vec<_> = of.model.layers.iter().zip(placements).map(place).collect();
+        for layer in &placed {
+            commit(&mut transaction, of, layer, (source, now_ms)).await?;
+        }
+        transaction.commit().await.map_err(StoreError::from)?;
+        Ok(placed)
+    }
+
+    /// The newest placement of every layer.
+    pub(crate) async fn placements(
+        &self,
+        group: &str,
+        model: &str,
+    ) -> Result<Vec<Committed>, StoreError> {
+        newest(&mut *self.pool.acquire().await?, group, model).await
+    }
+
+    /// Placements of a layer that are older than `before`, newest first.
+    pub(crate) async fn epochs(
+        &self,
+        (group, model): (&str, &str),
+        layer: u32,
+        before: u64,
+        limit: usize,
+    ) -> Result<Vec<Committed>, StoreError> {
+        let rows: Vec<Row> = sqlx::query_as(
+            "SELECT layer, epoch, placement, source, made_ms FROM placements
+             WHERE group_name = ?1 AND model = ?2 AND layer = ?3 AND epoch < ?4
+             ORDER BY epoch DESC LIMIT ?5",
+        )
+        .bind(group)
+        .bind(model)
+        .bind(layer)
+        .bind(i64::try_from(before).unwrap_or(i64::MAX))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(&self.pool)
+        .await?;
+        rows.into_iter().map(Committed::try_from).collect()
+    }
+}
+
+async fn newest(
+    connection: &mut SqliteConnection,
+    group: &str,
+    model: &str,
+) -> Result<Vec<Committed>, StoreError> {
+    let rows: Vec<Row> = sqlx::query_as(
+        "SELECT layer, max(epoch) AS epoch, placement, source, made_ms FROM placements
+         WHERE group_name = ?1 AND model = ?2 GROUP BY layer ORDER BY layer",
+    )
+    .bind(group)
+    .bind(model)
+    .fetch_all(connection)
+    .await?;
+    rows.into_iter().map(Committed::try_from).collect()
+}
+
+/// Digest of the file that was committed last.
+async fn last_file(
+    connection: &mut SqliteConnection,
+    of: &Register,
+) -> Result<Option<String>, StoreError> {
+    let digest = sqlx::query_scalar(
+        "SELECT file_digest FROM placements
+         WHERE group_name = ?1 AND model = ?2 AND file_digest IS NOT NULL
+         ORDER BY epoch DESC LIMIT 1",
+    );
+    Ok(digest.bind(&of.group).bind(&of.model.digest).fetch_optional(connection).await?)
+}
+
+async fn commit(
+    connection: &mut SqliteConnection,
+    of: &Register,
+    placed: &LayerPlacement,
+    ((source, file_digest), now_ms): ((&str, Option<&String>), u64),
+) -> Result<(), StoreError> {
+    let LayerPlacement { layer, epoch, placement } = placed;
+    let epoch = signed(*epoch)?;
+    let text = serde_json::to_string(placement).map_err(|source| StoreError::Placement {
+        layer: *layer,
+        epoch,
+        source,
+    })?;
+    sqlx::query(
+        "INSERT INTO placements
+             (group_name, model, layer, epoch, placement, source, file_digest, made_ms)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+    )
+    .bind(&of.group)
+    .bind(&of.model.digest)
+    .bind(layer)
+    .bind(epoch)
+    .bind(text)
+    .bind(source)
+    .bind(file_digest)
+    .bind(signed(now_ms)?)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::fleet::tests::register;
+
+    fn facts(placed: &[LayerPlacement]) -> Vec<(u64, u32, i64)> {
+        let fact = |placed: &LayerPlacement| {
+            let placement = &placed.placement;
+            (placed.epoch, placement.slots_per_rank(), placement.to_phy2log()[0])
+        };
+        placed.iter().map(fact).collect()
+    }
+
+    #[tokio::test]
+    async fn a_file_is_committed_when_it_is_new_and_what_fits_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("p.sqlite")).await.unwrap();
+        let path = folder.path().join("p.json");
+        let file = |row: Vec<i64>| {
+            fs::write(&path, serde_json::to_vec(&[row]).unwrap()).unwrap();
+            PlacementFile::read(&path).unwrap()
+        };
+        let (up, down) = (file((0..32).collect()), file((0..32).rev().collect()));
+        let (two, wide) = (register(0, 1), Register { slots_per_rank: 18, ..register(1, 1) });
+        let four = Register { ranks: 4, slots_per_rank: 8, ..register(0, 1) };
+        // Room, file, and the epoch, slots and first expert that they get.
+        let steps = [
+            (&two, None, (1, 16, 0)),
+            (&two, None, (1, 16, 0)),
+            (&wide, None, (2, 18, 0)),
+            (&two, None, (3, 16, 0)),
+            (&two, Some(&down), (4, 16, 31)),
+            (&wide, Some(&down), (4, 16, 31)),
+            (&two, None, (4, 16, 31)),
+            (&two, Some(&up), (5, 16, 0)),
+            (&four, Some(&up), (6, 8, 0)),
+            (&two, None, (7, 16, 0)),
+        ];
+        for (step, (of, file, expected)) in steps.into_iter().enumerate() {
+            let placed = store.place(of, file, 100).await.unwrap();
+            assert_eq!(facts(&placed), [expected], "step {step}");
+        }
+        let error = store.place(&four, Some(&file(vec![0])), 0).await.unwrap_err();
+        assert!(error.to_string().ends_with("1 slots cannot be divided evenly among 4 ranks"));
+        let newest = store.placements("g", "d").await.unwrap();
+        assert_eq!((newest.len(), newest[0].epoch), (1, 7));
+        let epochs = store.epochs(("g", "d"), 0, 5, 2).await.unwrap();
+        let sources: Vec<_> = epochs.iter().map(|c| (c.epoch, c.source.as_str())).collect();
+        assert_eq!(sources, [(4, "file"), (3, "default")]);
+    }
+}
