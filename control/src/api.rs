@@ -1,7 +1,9 @@
 //! The HTTP API: reads for operators, and the door for workers' sessions. Its OpenAPI document is
 //! generated from these handlers; `control/openapi.json` is checked in.
 
+mod balancedness;
 mod error;
+mod metrics;
 mod placements;
 mod tag;
 mod views;
@@ -49,6 +51,8 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(placements::placement))
         .routes(routes!(placements::epochs))
         .routes(routes!(windows::windows, windows::close))
+        .routes(routes!(balancedness::balancedness))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
 }

@@ -409,11 +409,16 @@ pub(crate) mod tests {
         let mut fleet = Fleet::default();
         let mut old = fleet.admit(&register(0, 10), 0, PATIENCE).unwrap();
         let new = fleet.admit(&register(0, 20), 1, PATIENCE).unwrap();
-        let beat = Heartbeat { engine: Default::default(), calls: 3, refused: 0 };
-        assert!(!fleet.hear(&register(0, 10), old.session, 2, beat), "the old one is not heard");
+        let beat = || Heartbeat {
+            engine: Default::default(),
+            calls: 3,
+            refused: 0,
+            refusals: BTreeMap::new(),
+        };
+        assert!(!fleet.hear(&register(0, 10), old.session, 2, beat()), "the old one is not heard");
         assert!(old.commands.try_recv().is_err() && old.commands.is_closed());
         assert!(!new.commands.is_closed());
-        assert!(fleet.hear(&register(0, 20), new.session, 2, beat));
+        assert!(fleet.hear(&register(0, 20), new.session, 2, beat()));
         assert_eq!(fleet.leave(&register(0, 10), old.session), None);
         let refused = fleet.admit(&register(0, 15), 3, PATIENCE).unwrap_err();
         assert_eq!(refused.to_string(), "rank 0 of the group g is connected with a later start");

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod balance;
 pub mod config;
 mod fleet;
 pub mod limits;

@@ -26,6 +26,17 @@ pub const FORGET_SECONDS: u64 = 600;
 /// have others to tell first.
 pub const CLOSE_SECONDS_MAX: u64 = 10;
 
+/// How long after its end a window counts as told by all ranks, at most: half of its length, and what a
+/// worker on a busy host may be late.
+pub const SETTLED_MS: u64 = 2_000;
+
+/// Age at which the newest window is no news any more, and metrics leave it out.
+pub const STALE_MS: u64 = 60_000;
+
+/// Windows of a layer and phase that balancedness is computed over at most: hours of 61 layers, in which
+/// a request takes half a second.
+pub const BALANCE_ROWS_MAX: usize = 50_000;
+
 /// Commands that may wait for a session.
 pub const COMMANDS_MAX: usize = 64;
 

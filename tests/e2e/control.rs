@@ -1,6 +1,7 @@
 //! The control plane with real workers: what it sees, what it remembers, and that nobody waits for it.
 
 use std::fs;
+use std::time::UNIX_EPOCH;
 
 use protocol::message::Phase;
 use protocol::session::{FromControl, Register, SESSION_VERSION, Window};
@@ -11,7 +12,7 @@ use tests::call::through;
 use tests::case::Case;
 use tests::control_process::Control;
 use tests::fake_worker::{FakeWorker, layer_window, register};
-use tests::group::{Group, Spec, call_all, random_placement, uneven};
+use tests::group::{Group, Spec, call_all, call_each, random_placement, uneven};
 use tests::random::Random;
 use tests::worker_process::{Worker, until};
 
@@ -348,4 +349,93 @@ fn windows_come_in_parts() {
     assert_eq!(hours["items"], json!([]));
     let (_, other) = control.get("/api/v1/groups/g/windows?model=other").unwrap();
     assert_eq!(other["items"], json!([]));
+}
+
+/// C24: balancedness is of the ranks of a layer, and only then of layers: over layers instead of ranks
+/// this load would be even.
+#[test]
+fn balancedness_is_over_ranks_then_over_layers_that_had_traffic() {
+    let made = fs::read(data("field/eplb/balancedness/windows.json")).unwrap();
+    let made: Value = serde_json::from_slice(&made).unwrap();
+    let counts: Vec<Vec<u64>> =
+        serde_json::from_value(made["windows"][0]["logical_count"].clone()).unwrap();
+    let control = Control::start_patient().unwrap();
+    let registered = |rank| register(("g", rank, 4), 5, 8);
+    let mut ranks: Vec<FakeWorker> = (0..4)
+        .map(|rank| {
+            let (mut worker, _) = FakeWorker::dial(&control, registered(rank)).unwrap();
+            worker.hold_in_order(&registered(rank)).unwrap();
+            worker
+        })
+        .collect();
+    let end_ms = u64::try_from(UNIX_EPOCH.elapsed().unwrap().as_millis()).unwrap();
+    for (layer, counts) in (0..).zip(&counts).filter(|(_, counts)| counts.iter().any(|&n| n > 0)) {
+        // A part of it from each rank: two ranks tell one half, as prefill and decode.
+        for (worker, phase) in ranks.iter_mut().zip([Phase::Prefill, Phase::Decode]) {
+            let half = counts.iter().map(|count| count / 2).collect();
+            let layers = vec![layer_window(layer, phase, half)];
+            let (number, start_ms, closed_by) = (1, end_ms - 10, Some(end_ms));
+            worker.tell(Window { number, start_ms, end_ms, closed_by, layers }).unwrap();
+        }
+    }
+    let metrics = until("a window that is settled", || {
+        let text = control.text("/metrics")?;
+        Ok(text.contains("eplb_balancedness_min{").then_some(text))
+    })
+    .unwrap();
+    for line in [
+        "eplb_balancedness_min{group=\"g\"} 0.5",
+        "eplb_balancedness_p50{group=\"g\"} 0.5",
+        "eplb_balancedness_p90{group=\"g\"} 0.5",
+        "eplb_balancedness_avg{group=\"g\"} 0.5",
+        "moeplane_workers{group=\"g\",state=\"connected\"} 4",
+        "moeplane_missing_ranks{group=\"g\"} 0",
+        "moeplane_window_tokens{group=\"g\",phase=\"decode\"} 150",
+        "moeplane_call_seconds{group=\"g\",phase=\"prefill\",quantile=\"0.99\"} 0.000099",
+    ] {
+        assert!(metrics.lines().any(|got| got == line), "no {line} in {metrics}");
+    }
+    let (_, balance) = control.get("/api/v1/groups/g/balancedness").unwrap();
+    let half = json!({"min": 0.5, "p50": 0.5, "p90": 0.5, "avg": 0.5});
+    assert_eq!(balance["balancedness"], half);
+    let ratios: Vec<&Value> =
+        balance["layers"].as_array().unwrap().iter().map(|layer| &layer["max_over_mean"]).collect();
+    assert_eq!(ratios, [&json!(2.0), &json!(2.0), &json!(2.0), &json!(2.0), &Value::Null]);
+    assert_eq!(balance["layers"][0]["rank_assignments"], json!([600.0, 200.0, 200.0, 200.0]));
+    // One phase, an interval, and one without anything.
+    let path = format!("/api/v1/groups/g/balancedness?phase=decode&after_ms={}", end_ms - 1);
+    let (_, decode) = control.get(&path).unwrap();
+    assert_eq!(
+        (&decode["balancedness"], &decode["layers"][1]["assignments"]),
+        (&half, &json!(600))
+    );
+    let (_, none) = control.get("/api/v1/groups/g/balancedness?until_ms=1000").unwrap();
+    assert_eq!((&none["balancedness"], &none["worst_layer"]), (&Value::Null, &Value::Null));
+    // Without one of the ranks nothing is in force.
+    drop(ranks.pop());
+    until("a rank less", || {
+        let (_, balance) = control.get("/api/v1/groups/g/balancedness")?;
+        Ok(balance["balancedness"].is_null().then_some(()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn refused_calls_are_counted_by_code() {
+    let control = Control::start().unwrap();
+    let group = group(&control, 2);
+    let mut inputs = Case::open(&skewed()).unwrap().inputs.rows(0..4);
+    inputs.ids[1] = 16;
+    let mut engines = group.engines(BF16, 4).unwrap();
+    let answers = call_each(&mut engines, 0, &inputs, &[0..4, 0..0]);
+    assert!(answers[0].is_err() && answers[1].is_ok());
+    until_all(&control, |worker| {
+        worker["refused"].as_u64() == Some(u64::from(worker["rank"] == 0))
+    });
+    let (_, worker) = control.get("/api/v1/workers/g/0").unwrap();
+    assert_eq!(worker["refusals"], json!({"expert_id": 1}));
+    let metrics = control.text("/metrics").unwrap();
+    let line = "moeplane_refusals_total{group=\"g\",rank=\"0\",code=\"expert_id\"} 1";
+    assert!(metrics.lines().any(|got| got == line), "{metrics}");
+    assert!(metrics.contains("moeplane_calls_total{group=\"g\",rank=\"1\"} 1"), "{metrics}");
 }

@@ -120,6 +120,11 @@ impl Control {
         answer(agent().get(self.url(path)).call()?)
     }
 
+    /// The text of a GET.
+    pub fn text(&self, path: &str) -> Result<String> {
+        Ok(agent().get(self.url(path)).call()?.body_mut().read_to_string()?)
+    }
+
     /// Status and tag of a GET by who has what `tag` says.
     pub fn get_unless(&self, path: &str, tag: &str) -> Result<(u16, String)> {
         let response = agent().get(self.url(path)).header("if-none-match", tag).call()?;

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use protocol::message::{ActFormat, Phase, ServedLayer};
+use protocol::placement::Placement;
 use protocol::session::{
-    FromControl, FromWorker, LayerWindow, ModelInfo, Register, SESSION_PATH, SESSION_VERSION,
-    Window,
+    FromControl, FromWorker, LayerPlacement, LayerWindow, ModelInfo, Register, SESSION_PATH,
+    SESSION_VERSION, Window,
 };
 use tungstenite::client::IntoClientRequest;
 use tungstenite::http::header::AUTHORIZATION;
@@ -87,6 +88,17 @@ impl FakeWorker {
             FromControl::Welcome { version, .. } => Ok((worker, version)),
             other => bail!("control said {other:?}, expected a welcome"),
         }
+    }
+
+    /// Says that it holds experts in order.
+    pub fn hold_in_order(&mut self, register: &Register) -> Result<()> {
+        let Register { ranks, slots_per_rank, .. } = *register;
+        let placed = |layer: &ServedLayer| {
+            let placement = Placement::contiguous(layer.experts, ranks, slots_per_rank)?;
+            Ok(LayerPlacement { layer: layer.number, epoch: 0, placement })
+        };
+        let layers = register.model.layers.iter().map(placed).collect::<Result<_>>()?;
+        self.say(&FromWorker::Holds { layers })
     }
 
     /// Tells a window, the next by number, and waits until it is kept.

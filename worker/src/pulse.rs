@@ -1,10 +1,12 @@
 //! What the rank's thread tells the uplink's: what it holds, engine, counts of calls, and load. Nothing
 //! here is held over a wait.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use protocol::refusal::Refusal;
 use protocol::session::{EngineState, Heartbeat, LayerPlacement, Window};
 
 use crate::load::Load;
@@ -16,14 +18,15 @@ pub(crate) struct Pulse {
     pub(crate) holds: OnceLock<Vec<LayerPlacement>>,
     engine: AtomicU8,
     calls: AtomicU64,
-    refused: AtomicU64,
+    /// By the code of the refusal.
+    refusals: Mutex<BTreeMap<&'static str, u64>>,
     load: Mutex<Load>,
 }
 
 impl Pulse {
     pub(crate) fn new() -> Self {
-        let (holds, engine, calls, refused) = Default::default();
-        Self { holds, engine, calls, refused, load: Mutex::new(Load::new(now_ms())) }
+        let (holds, engine, calls, refusals) = Default::default();
+        Self { holds, engine, calls, refusals, load: Mutex::new(Load::new(now_ms())) }
     }
 
     pub(crate) fn set_engine(&self, engine: EngineState) {
@@ -31,8 +34,9 @@ impl Pulse {
     }
 
     /// A call was refused or given up.
-    pub(crate) fn count_refused(&self) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn count_refused(&self, refusal: &Refusal) {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        *refusals.entry(refusal.into()).or_default() += 1;
     }
 
     /// A call was answered; `count` adds it to the load.
@@ -52,8 +56,11 @@ impl Pulse {
             1 => EngineState::Idle,
             _ => EngineState::Attached,
         };
-        let [calls, refused] = [&self.calls, &self.refused].map(|n| n.load(Ordering::Relaxed));
-        Heartbeat { engine, calls, refused }
+        let calls = self.calls.load(Ordering::Relaxed);
+        let refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let refusals = refusals.iter().map(|(&code, &count)| (code.to_owned(), count)).collect();
+        let refused = BTreeMap::values(&refusals).sum();
+        Heartbeat { engine, calls, refused, refusals }
     }
 }
 

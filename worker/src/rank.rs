@@ -337,21 +337,22 @@ impl Rank {
         // changed the buffer under a running call, or is about to.
         connection.read();
         let early = connection.take_calls();
+        let ran = ran.map_err(|failed| match failed {
+            Failed::Alone { refusal, .. } => refusal,
+            Failed::Together(error) => refusal(error, &self.model),
+        });
         if let Some(Uplink { pulse, .. }) = &self.uplink {
             match &ran {
                 Ok(Served { layer, top_k, phase, took }) => pulse.count_answered(|load| {
                     let of = (*layer, self.model.experts(*layer), *phase);
                     load.count(of, (self.device.assigned(), *top_k), *took);
                 }),
-                Err(_) => pulse.count_refused(),
+                Err(refusal) => pulse.count_refused(refusal),
             }
         }
         match ran {
             Ok(_) => connection.answer(Kind::Done, frame.seq, &[], None),
-            Err(Failed::Alone { refusal, .. }) => connection.refuse(&refusal, frame.seq),
-            Err(Failed::Together(error)) => {
-                connection.refuse(&refusal(error, &self.model), frame.seq);
-            }
+            Err(refusal) => connection.refuse(&refusal, frame.seq),
         }
         for seq in early {
             if let State::Attached(attachment) = &mut connection.state

@@ -28,6 +28,8 @@ pub(crate) enum ApiError {
     Store(#[from] StoreError),
     #[error("the answer cannot be written")]
     Json(#[source] serde_json::Error),
+    #[error("the answer cannot be written")]
+    Text(#[source] std::fmt::Error),
 }
 
 /// What is wrong (RFC 9457).
@@ -59,7 +61,7 @@ impl ApiError {
             Self::Credential => (StatusCode::UNAUTHORIZED, "credential"),
             Self::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
             Self::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "database"),
-            Self::Json(_) => (StatusCode::INTERNAL_SERVER_ERROR, "answer"),
+            Self::Json(_) | Self::Text(_) => (StatusCode::INTERNAL_SERVER_ERROR, "answer"),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! What the API shows: its own types, so that it changes when somebody decides so, not when a message
 //! between processes does.
 
+use std::collections::BTreeMap;
+
 use protocol::message::{ServedLayer, UnservedLayer};
 use protocol::session::{EngineState, ModelInfo};
 use serde::Serialize;
@@ -59,6 +61,8 @@ pub(crate) struct WorkerView {
     calls: u64,
     /// Calls that were refused or given up since its start.
     refused: u64,
+    /// The same by the code of the refusal.
+    refusals: BTreeMap<String, u64>,
 }
 
 /// Whether a worker is there.
@@ -86,7 +90,7 @@ impl From<Presence> for WorkerState {
 impl WorkerView {
     pub(crate) fn new(worker: &Worker, presence: Presence) -> Self {
         let register = &worker.register;
-        let beat = worker.heartbeat.filter(|_| presence != Presence::Lost);
+        let beat = worker.heartbeat.as_ref();
         Self {
             group: register.group.clone(),
             rank: register.rank,
@@ -104,9 +108,10 @@ impl WorkerView {
             act: register.model.act.iter().map(ToString::to_string).collect(),
             slots_per_rank: register.slots_per_rank,
             max_tokens: register.max_tokens,
-            engine: beat.map(|beat| beat.engine),
-            calls: worker.heartbeat.map_or(0, |beat| beat.calls),
-            refused: worker.heartbeat.map_or(0, |beat| beat.refused),
+            engine: beat.filter(|_| presence != Presence::Lost).map(|beat| beat.engine),
+            calls: beat.map_or(0, |beat| beat.calls),
+            refused: beat.map_or(0, |beat| beat.refused),
+            refusals: beat.map(|beat| beat.refusals.clone()).unwrap_or_default(),
         }
     }
 }

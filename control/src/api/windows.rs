@@ -42,14 +42,13 @@ pub(super) struct Wanted {
 
 impl Wanted {
     fn part(&self) -> Result<Part, ApiError> {
+        let (after_ms, until_ms) = (self.after_ms.unwrap_or(0), self.until_ms.unwrap_or(u64::MAX));
+        let part = Part::between(after_ms, until_ms, checked_limit(self.limit)?);
         let after = match &self.cursor {
-            // Beyond every layer: nothing that ended then.
-            None => (self.after_ms.unwrap_or(0), u32::MAX, String::new()),
+            None => part.after.clone(),
             Some(cursor) => parse(cursor).ok_or_else(|| ApiError::cursor(cursor))?,
         };
-        let until_ms = self.until_ms.unwrap_or(u64::MAX);
-        let limit = checked_limit(self.limit)?;
-        Ok(Part { after, until_ms, layer: self.layer, limit })
+        Ok(Part { after, layer: self.layer, ..part })
     }
 }
 

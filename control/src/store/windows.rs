@@ -162,6 +162,14 @@ pub(crate) struct Part {
     pub(crate) limit: usize,
 }
 
+impl Part {
+    /// All that ended in (`after_ms`, `until_ms`], `limit` at a time.
+    pub(crate) fn between(after_ms: u64, until_ms: u64, limit: usize) -> Self {
+        // Beyond every layer: nothing that ended then.
+        Self { after: (after_ms, u32::MAX, String::new()), until_ms, layer: None, limit }
+    }
+}
+
 impl Store {
     /// Adds a rank's window to what ended at `end_ms`, all of it or nothing. One that was added before
     /// changes nothing: a process tells its windows in the order of their numbers.
@@ -222,6 +230,25 @@ impl Store {
             .fetch_all(&self.pool)
             .await?;
         rows.into_iter().map(Load::try_from).collect()
+    }
+
+    /// The newest end of a load that is not later than `until_ms`.
+    pub(crate) async fn newest_end(
+        &self,
+        of: Of<'_>,
+        until_ms: u64,
+    ) -> Result<Option<u64>, StoreError> {
+        let newest: Option<i64> = sqlx::query_scalar(
+            "SELECT max(end_ms) FROM windows
+             WHERE group_name = ?1 AND model = ?2 AND span = ?3 AND end_ms <= ?4",
+        )
+        .bind(of.group)
+        .bind(of.model)
+        .bind(of.span.as_str())
+        .bind(i64::try_from(until_ms).unwrap_or(i64::MAX))
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(newest.map(i64::unsigned_abs))
     }
 
     /// Adds windows of whole hours that ended up to `until_ms` up to hours; how many rows those are.

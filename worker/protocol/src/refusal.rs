@@ -2,11 +2,13 @@
 //! stable `code`, for people as a sentence.
 
 use serde::{Deserialize, Serialize};
+use strum::IntoStaticStr;
 
 /// A refused frame. Unless it says otherwise, the connection lives, nothing was written to the
 /// output, and the next frame is served.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr, thiserror::Error)]
 #[serde(tag = "code", rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum Refusal {
     /// Not this protocol; the worker closes the connection.
     #[error("a frame begins with {got:?}, expected \"moep\"")]

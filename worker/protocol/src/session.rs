@@ -22,6 +22,8 @@
 //! session afterwards: that, and not what was asked for, is in force. It serves whether or not control is
 //! there; without an answer it holds what its group held last, or what its own configuration says.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::message::{ActFormat, Phase, ServedLayer, UnservedLayer};
@@ -153,7 +155,7 @@ pub struct ModelInfo {
 }
 
 /// A sign of life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heartbeat {
     /// The rank's engine.
     pub engine: EngineState,
@@ -161,6 +163,9 @@ pub struct Heartbeat {
     pub calls: u64,
     /// Calls that were refused or given up since the start.
     pub refused: u64,
+    /// The same by the code of their refusal.
+    #[serde(default)]
+    pub refusals: BTreeMap<String, u64>,
 }
 
 /// What a rank's own engine asked for in an interval: load by where it comes from, so that the sum
