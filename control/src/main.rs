@@ -25,7 +25,13 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Serves until SIGTERM or SIGINT.
-    Serve(Options),
+    Serve {
+        #[command(flatten)]
+        options: Options,
+        /// End when the process that started this one does, however that ends.
+        #[arg(long)]
+        exit_with_parent: bool,
+    },
     /// Prints the configuration with every default filled in.
     Check(Options),
     /// Prints the OpenAPI document of the API.
@@ -93,7 +99,11 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Openapi => print_document(),
         Command::Check(options) => options.config().map_err(Into::into).and_then(print_config),
-        Command::Serve(options) => options.config().map_err(Into::into).and_then(serve),
+        Command::Serve { options, exit_with_parent } => {
+            let config = options.config().map_err(anyhow::Error::from);
+            let tied = if exit_with_parent { end_with_parent() } else { Ok(()) };
+            tied.and(config).and_then(serve)
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,6 +112,14 @@ fn main() -> ExitCode {
             ExitCode::from(if error.is::<ConfigError>() { BAD_CONFIG } else { 1 })
         }
     }
+}
+
+fn end_with_parent() -> anyhow::Result<()> {
+    let parent = rustix::process::getppid();
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    // It may have ended before the signal was asked for.
+    anyhow::ensure!(rustix::process::getppid() == parent, "the parent process has ended");
+    Ok(())
 }
 
 fn print_document() -> anyhow::Result<()> {

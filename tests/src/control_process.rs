@@ -22,18 +22,18 @@ pub struct Control {
     folder: TempDir,
 }
 
-/// Heartbeats that let tests see soon who is lost.
-const QUICK: [&str; 2] = ["--heartbeat-ms", "200"];
+/// Heartbeats that let tests see soon who is lost, and windows that they can wait for.
+const QUICK: [&str; 4] = ["--window-ms", "300", "--heartbeat-ms", "200"];
 
 impl Control {
-    /// Starts control on an empty folder and waits until it listens.
+    /// Starts control on an empty folder and waits until it listens, in a hurry.
     pub fn start() -> Result<Self> {
         Self::start_with(&QUICK)
     }
 
     /// The same, but workers that say nothing are not soon lost.
     pub fn start_patient() -> Result<Self> {
-        Self::start_with(&["--heartbeat-ms", "60000"])
+        Self::start_with(&["--window-ms", "300", "--heartbeat-ms", "60000"])
     }
 
     /// The same, with a file for the placement of the group `g`.
@@ -41,7 +41,8 @@ impl Control {
         Self::start_with(&[&QUICK[..], &["--placement", &format!("g={}", file.display())]].concat())
     }
 
-    fn start_with(options: &[&str]) -> Result<Self> {
+    /// The same, with options of its own.
+    pub fn start_with(options: &[&str]) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("moe-control").tempdir()?;
         let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
         let child = Self::child(folder.path(), "127.0.0.1:0", &options)?;
@@ -66,7 +67,7 @@ impl Control {
 
     fn child(folder: &Path, listen: &str, options: &[String]) -> Result<Child> {
         Command::new(program("moeplane-control")?)
-            .args(["serve", "--window-ms", "300"])
+            .args(["serve", "--exit-with-parent"])
             .args(options)
             .args(["--listen", listen, "--data"])
             .arg(folder.join("data"))

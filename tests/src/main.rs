@@ -30,7 +30,8 @@ enum Command {
     CheckCases(check_cases::Options),
     /// The cases of the original system's test plan and its functional shapes, through real workers.
     Conformance(conformance::Options),
-    /// Serves the small trained checkpoint, replays real activations and verifies every answer.
+    /// Serves the small trained checkpoint with control and four workers, replays real activations and
+    /// verifies every answer.
     Demo(demo::Options),
     /// Times the CUDA device on layers of public models.
     GpuBench(gpu_bench::Options),

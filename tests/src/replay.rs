@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -49,13 +50,32 @@ pub struct Calls {
     pub times: Vec<Duration>,
     /// Rows of all of them.
     pub tokens: usize,
+    /// Rows that were sent to experts, once for each.
+    pub assignments: u64,
+}
+
+/// Steps of a model.
+#[derive(Debug, Default, Clone)]
+pub struct Steps {
+    /// How long each call took.
+    pub times: Vec<Duration>,
+    /// Rows of all calls.
+    pub tokens: usize,
+}
+
+impl Steps {
+    /// Those of another engine, too.
+    pub fn add(&mut self, other: Self) {
+        self.times.extend(other.times);
+        self.tokens += other.tokens;
+    }
 }
 
 /// One layer at work.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Layer {
     recorded: RecordedLayer,
-    expected: Vec<u16>,
+    expected: Arc<[u16]>,
     /// The first answer of each row.
     first: Vec<Option<Vec<u16>>>,
     /// Rows that were answered and wait for the rest of their block.
@@ -66,8 +86,8 @@ struct Layer {
     calls: Calls,
 }
 
-/// A replay of one variant.
-#[derive(Debug)]
+/// A replay of one variant, by one engine.
+#[derive(Debug, Clone)]
 pub struct Replay {
     variant: Variant,
     layers: BTreeMap<u32, Layer>,
@@ -87,6 +107,17 @@ pub struct LayerReport {
     pub worst: f64,
 }
 
+impl LayerReport {
+    /// What another engine did with the layer, too.
+    pub fn add(&mut self, other: Self) {
+        self.calls.times.extend(other.calls.times);
+        self.calls.tokens += other.calls.tokens;
+        self.calls.assignments += other.calls.assignments;
+        self.verified += other.verified;
+        self.worst = self.worst.max(other.worst);
+    }
+}
+
 impl Replay {
     /// Reads `recorded.safetensors` and `model-nvfp4` of `dir`, and computes what to expect.
     pub fn open(dir: &Path, variant: Variant) -> Result<Self> {
@@ -97,12 +128,41 @@ impl Replay {
             let outputs = layer_outputs(&model, number, &recorded.inputs, &[variant])?;
             let first = vec![None; recorded.inputs.tokens()];
             ensure!(first.len() >= TOKENS_MAX, "layer {number} has {} rows", first.len());
-            let (expected, unverified, calls) = (outputs.concat(), Vec::new(), Calls::default());
+            let expected = outputs.concat().into();
+            let (unverified, calls) = (Vec::new(), Calls::default());
             let (verified, worst) = (0, 0.0);
             Ok((number, Layer { recorded, expected, first, unverified, verified, worst, calls }))
         };
         let layers = recorded.layers()?.into_iter().map(layer).collect::<Result<_>>()?;
         Ok(Self { variant, layers, step: 0 })
+    }
+
+    /// The part of an engine of a group: the same steps, begun somewhere else.
+    #[must_use]
+    pub fn part(&self, rank: usize) -> Self {
+        // Three steps apart: some have a prompt while others generate.
+        Self { step: rank * 3, ..self.clone() }
+    }
+
+    /// What it replays.
+    #[must_use]
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    /// Makes every kind of step once; what it did.
+    pub fn round(&mut self, engine: &mut Engine) -> Result<Steps> {
+        let calls = self.layers.values().map(|layer| (layer.calls.times.len(), layer.calls.tokens));
+        let before: Vec<(usize, usize)> = calls.collect();
+        for _ in STEPS {
+            self.step(engine)?;
+        }
+        let mut steps = Steps::default();
+        for (layer, (calls, tokens)) in self.layers.values().zip(before) {
+            steps.times.extend(&layer.calls.times[calls..]);
+            steps.tokens += layer.calls.tokens - tokens;
+        }
+        Ok(steps)
     }
 
     /// Calls every layer once, as a step of a model does; an answer that is wrong is an error.
@@ -134,12 +194,6 @@ impl Replay {
         }
         Ok(reports)
     }
-
-    /// The calls of each layer so far.
-    #[must_use]
-    pub fn progress(&self) -> Vec<&Calls> {
-        self.layers.values().map(|layer| &layer.calls).collect()
-    }
 }
 
 impl Layer {
@@ -155,6 +209,7 @@ impl Layer {
         let output = through(engine, self.recorded.number, phase, &inputs)?;
         self.calls.times.push(began.elapsed());
         self.calls.tokens += rows.len();
+        self.calls.assignments += inputs.ids.iter().filter(|id| **id >= 0).count() as u64;
         for (row, answer) in rows.zip(output.chunks_exact(inputs.hidden)) {
             self.take_row(variant, row, answer)?;
         }

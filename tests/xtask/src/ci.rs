@@ -64,7 +64,7 @@ fn steps() -> Result<Vec<(&'static str, Command)>> {
     let mut tests = if has_nextest() { cargo(&["nextest", "run"]) } else { cargo(&["test"]) };
     tests.args(["--workspace", "--locked"]);
     let mut demo = Command::new(target()?.join("debug/moeplane-cases"));
-    demo.args(["demo", "--once"]).arg(root().join("tests/data/tiny-kjv-moe"));
+    demo.args(["demo", "--once", "--seconds", "4"]).arg(root().join("tests/data/tiny-kjv-moe"));
     Ok(vec![
         ("format", cargo(&["fmt", "--all", "--check"])),
         ("clippy", clippy),

@@ -29,7 +29,7 @@ step "against golden cases and the cpu device" ./moeplane-cases gpu-check data
 step "golden cases through worker processes" ./moeplane-cases check-cases data/moe-golden --device cuda
 step "cases of the original system, and functional shapes" ./moeplane-cases conformance data/cases.json --device cuda
 step "times on layers of public models" ./moeplane-cases gpu-bench ${ROUTING:+--routing "$ROUTING"} ${PEER:+--peer "$PEER"}
-step "demo through a worker process" ./moeplane-cases demo data/tiny-kjv-moe --device cuda --once
+step "demo through a worker process" ./moeplane-cases demo data/tiny-kjv-moe --device cuda --alone --once --seconds 2
 if command -v compute-sanitizer >/dev/null; then
     mkdir -p small/moe-golden
     cp -r data/moe-golden/{e4_k2_h1632_i48,holes_e8_k4_h128_i64,two_alphas_e4_k2_h256_i128} small/moe-golden/

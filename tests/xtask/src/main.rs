@@ -6,6 +6,7 @@ mod ci;
 mod gpu_check;
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -24,8 +25,8 @@ struct Arguments {
 enum Command {
     /// Everything that must hold before a merge; ends with the line "N passed, N failed".
     Ci,
-    /// Serves a small trained model with one worker, replays real activations and verifies every
-    /// answer; `--once` for a short run.
+    /// Serves a small trained model with control and four workers, replays real activations with four
+    /// engines, verifies every answer, and stays up until Ctrl-C; `--once` ends after the replay.
     #[command(disable_help_flag = true)]
     Demo(Rest),
     /// Random calls of a group of ranks, each answer verified: `--ranks N --calls N --seed S`.
@@ -85,7 +86,9 @@ fn run(command: Command) -> Result<bool> {
         Command::Ci => ci::run(),
         Command::Demo(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
-            cases("demo", arguments)
+            let mut demo = std::process::Command::new(build::program("moeplane-cases")?);
+            // In place of this program: Ctrl-C is for it alone.
+            Err(demo.arg("demo").args(arguments).exec().into())
         }
         Command::GroupCalls(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
