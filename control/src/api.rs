@@ -1,35 +1,47 @@
 //! The HTTP API: reads for operators, and the door for workers' sessions. Its OpenAPI document is
 //! generated from these handlers; `control/openapi.json` is checked in.
 
+mod ask;
+mod audit;
 mod balancedness;
+mod document;
 mod error;
+mod gate;
 mod metrics;
 mod placements;
 mod tag;
+mod tokens;
 mod views;
 mod windows;
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::sync::Arc;
 
-use axum::Json;
-use axum::Router;
 use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{FromRequestParts, Path, Query, State};
-use axum::http::{HeaderMap, header};
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, HeaderName};
 use axum::response::Response;
 use axum::routing::get;
+use axum::{Json, Router, middleware};
 use protocol::session::SESSION_PATH;
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
+use tower_http::request_id::{
+    MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer,
+};
+use tower_http::trace::TraceLayer;
 use utoipa::{IntoParams, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use self::ask::{PathOf, QueryOf, checked_limit};
+use self::document::Roles;
 use self::error::{ApiError, Problem};
+use self::gate::Gate;
 use self::views::{GroupView, LayerView, ModelView, Page, WorkerView, layers_of};
+use crate::access::{Role, sha256};
 use crate::fleet::Worker;
-use crate::limits::{MESSAGE_BYTES_MAX, PAGE_DEFAULT, PAGE_MAX};
+use crate::limits::MESSAGE_BYTES_MAX;
 use crate::session;
 use crate::state::{Shared, now_ms};
 
@@ -40,7 +52,13 @@ use crate::state::{Shared, now_ms};
 )]
 struct Document;
 
-fn described() -> OpenApiRouter<Shared> {
+/// The router, and what it is described by.
+fn described() -> Result<(Router<Shared>, utoipa::openapi::OpenApi), serde_json::Error> {
+    let (router, document) = handlers().split_for_parts();
+    Ok((router, document::completed(&document)?))
+}
+
+fn handlers() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(workers))
         .routes(routes!(worker))
@@ -53,6 +71,11 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(windows::windows, windows::close))
         .routes(routes!(balancedness::balancedness))
         .routes(routes!(metrics::metrics))
+        .routes(routes!(tokens::tokens, tokens::make))
+        .routes(routes!(tokens::own_token))
+        .routes(routes!(tokens::rotate))
+        .routes(routes!(tokens::revoke))
+        .routes(routes!(audit::audit))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
 }
@@ -62,12 +85,25 @@ fn described() -> OpenApiRouter<Shared> {
 /// # Errors
 /// When it cannot be written as JSON.
 pub fn document() -> Result<String, serde_json::Error> {
-    Ok(described().get_openapi().to_pretty_json()? + "\n")
+    Ok(described()?.1.to_pretty_json()? + "\n")
 }
 
-pub(crate) fn router(state: Shared) -> Router {
-    let (router, document) = described().split_for_parts();
-    router
+/// The whole API.
+///
+/// # Errors
+/// When its document cannot be made.
+pub(crate) fn router(state: Shared) -> Result<Router, serde_json::Error> {
+    let (router, document) = described()?;
+    let roles = Arc::new(Roles::of(&document)?);
+    let gate = Gate { state: Arc::clone(&state), roles };
+    let id = HeaderName::from_static("x-request-id");
+    let span = |request: &axum::extract::Request| {
+        let id = request.extensions().get::<RequestId>();
+        let id = id.and_then(|id| id.header_value().to_str().ok()).unwrap_or_default();
+        tracing::info_span!("request", id, method = %request.method(), path = request.uri().path())
+    };
+    // The last is the first that a request meets.
+    Ok(router
         .route("/api/v1/openapi.json", get(async move || Json(document)))
         .route(SESSION_PATH, get(open_session))
         .fallback(async |uri: axum::http::Uri| ApiError::NotFound {
@@ -75,17 +111,13 @@ pub(crate) fn router(state: Shared) -> Router {
             name: uri.path().to_owned(),
         })
         .method_not_allowed_fallback(async || ApiError::Method)
-        .with_state(state)
+        .layer(middleware::from_fn_with_state(gate, gate::pass))
+        .layer(DefaultBodyLimit::max(MESSAGE_BYTES_MAX))
+        .layer(TraceLayer::new_for_http().make_span_with(span))
+        .layer(PropagateRequestIdLayer::new(id.clone()))
+        .layer(SetRequestIdLayer::new(id, MakeRequestUuid))
+        .with_state(state))
 }
-
-/// Extractors whose rejections are problems, too.
-#[derive(FromRequestParts)]
-#[from_request(via(Path), rejection(ApiError))]
-struct PathOf<T>(T);
-
-#[derive(FromRequestParts)]
-#[from_request(via(Query), rejection(ApiError))]
-struct QueryOf<T>(T);
 
 /// Which part of a list.
 #[derive(Deserialize, IntoParams)]
@@ -97,17 +129,6 @@ struct Part {
     limit: Option<usize>,
     /// `next` of the part before.
     cursor: Option<String>,
-}
-
-fn checked_limit(limit: Option<usize>) -> Result<usize, ApiError> {
-    match limit {
-        None => Ok(PAGE_DEFAULT),
-        Some(limit) if (1..=PAGE_MAX).contains(&limit) => Ok(limit),
-        Some(limit) => {
-            let expected = format!("1 to {PAGE_MAX}");
-            Err(ApiError::Value { name: "limit", value: limit.to_string(), expected })
-        }
-    }
 }
 
 impl Part {
@@ -211,7 +232,7 @@ async fn layers(
 }
 
 /// Whether control itself is well: 200 while its database answers.
-#[utoipa::path(get, path = "/healthz",
+#[utoipa::path(get, path = "/healthz", security(()),
     responses((status = 200, body = String), (status = 503, body = Problem)))]
 async fn healthz(State(state): State<Shared>) -> Result<&'static str, ApiError> {
     state.store.answers().await?;
@@ -219,7 +240,7 @@ async fn healthz(State(state): State<Shared>) -> Result<&'static str, ApiError> 
 }
 
 /// Whether every group that has registered is whole; otherwise the ranks that are missing.
-#[utoipa::path(get, path = "/readyz",
+#[utoipa::path(get, path = "/readyz", security(()),
     responses((status = 200, body = String), (status = 503, body = Problem)))]
 async fn readyz(State(state): State<Shared>) -> Result<&'static str, ApiError> {
     state.store.answers().await?;
@@ -237,11 +258,10 @@ async fn open_session(
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let token = bearer.and_then(|value| value.strip_prefix("Bearer "));
-    // Digests are compared, so that the time taken says nothing of the credential.
-    let same = |token: &str| Sha256::digest(token.as_bytes())[..] == state.credential[..];
-    if !token.is_some_and(same) {
+    let hash = gate::bearer(&headers).map(|token| sha256(token.as_bytes()));
+    let hash = hash.ok_or(ApiError::Credential)?;
+    let actor = state.store.actor(&hash, now_ms()).await?;
+    if !actor.is_some_and(|actor| actor.role == Role::Worker) {
         return Err(ApiError::Credential);
     }
     let upgrade = upgrade.map_err(|rejection| ApiError::Value {
@@ -250,7 +270,7 @@ async fn open_session(
         expected: "a WebSocket".to_owned(),
     })?;
     let upgrade = upgrade.max_message_size(MESSAGE_BYTES_MAX);
-    Ok(upgrade.on_upgrade(|socket| session::run(state, socket)))
+    Ok(upgrade.on_upgrade(|socket| session::run(state, socket, hash)))
 }
 
 #[cfg(test)]

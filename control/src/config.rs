@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    HEARTBEAT_MS_DEFAULT, HOURS_DAYS_DEFAULT, LISTEN_DEFAULT, WINDOW_MS_DEFAULT,
-    WINDOWS_HOURS_DEFAULT,
+    HEARTBEAT_MS_DEFAULT, HOURS_DAYS_DEFAULT, LISTEN_DEFAULT, REQUESTS_PER_SECOND_DEFAULT,
+    WINDOW_MS_DEFAULT, WINDOWS_HOURS_DEFAULT,
 };
 
 /// A complete configuration.
@@ -29,6 +29,8 @@ pub struct Config {
     pub windows_hours: u64,
     /// Days that those sums are kept.
     pub hours_days: u64,
+    /// Requests of one caller in a second.
+    pub requests_per_second: u32,
     /// What is logged, such as `info` or `control=debug`.
     pub log: String,
     /// Files with the placements that groups start with, JSON `[layer][slot]`; experts in order for
@@ -53,6 +55,8 @@ pub struct Settings {
     pub windows_hours: Option<u64>,
     /// See [`Config::hours_days`].
     pub hours_days: Option<u64>,
+    /// See [`Config::requests_per_second`].
+    pub requests_per_second: Option<u32>,
     /// See [`Config::log`].
     pub log: Option<String>,
     /// See [`Config::placements`]: those of the command line are added to those of the file.
@@ -135,12 +139,15 @@ impl Settings {
         let window_ms = self.window_ms.or(file.window_ms).unwrap_or(WINDOW_MS_DEFAULT);
         let windows_hours = self.windows_hours.or(file.windows_hours);
         let windows_hours = windows_hours.unwrap_or(WINDOWS_HOURS_DEFAULT);
+        let requests_per_second = self.requests_per_second.or(file.requests_per_second);
+        let requests_per_second = requests_per_second.unwrap_or(REQUESTS_PER_SECOND_DEFAULT);
         let hours_days = self.hours_days.or(file.hours_days).unwrap_or(HOURS_DAYS_DEFAULT);
         for (key, value, range, expected) in [
             ("heartbeat_ms", heartbeat_ms, 10..=60_000, "10 to 60000"),
             ("window_ms", window_ms, 100..=3_600_000, "100 to 3600000"),
             ("windows_hours", windows_hours, 1..=8_760, "1 to 8760"),
             ("hours_days", hours_days, 1..=3_650, "1 to 3650"),
+            ("requests_per_second", requests_per_second.into(), 1..=1_000_000, "1 to 1000000"),
         ] {
             if !range.contains(&value) {
                 return Err(ConfigError::Value { key, value: value.to_string(), expected });
@@ -157,6 +164,7 @@ impl Settings {
             window_ms,
             windows_hours,
             hours_days,
+            requests_per_second,
             log,
             placements,
         })

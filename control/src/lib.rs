@@ -8,6 +8,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod access;
 mod api;
 mod balance;
 pub mod config;
@@ -21,5 +22,5 @@ mod store;
 
 pub use self::api::document;
 pub use self::placing::FileError;
-pub use self::serve::{ServeError, Server};
+pub use self::serve::{InitError, ServeError, Server, init};
 pub use self::store::StoreError;

@@ -58,6 +58,21 @@ pub const RANKS_MAX: u32 = 1_024;
 /// Letters of a group's name.
 pub const NAME_BYTES_MAX: usize = 64;
 
+/// Requests of one caller in a second, unless configured: a page that follows everything makes ten.
+pub const REQUESTS_PER_SECOND_DEFAULT: u32 = 500;
+
+/// How many of them may come at once: seconds' worth.
+pub const BURST_SECONDS: u32 = 2;
+
+/// Callers that are told apart when requests are counted; the others share.
+pub const CALLERS_COUNTED_MAX: usize = 4_096;
+
+/// Bytes of a reason.
+pub const REASON_BYTES_MAX: usize = 1_000;
+
+/// Bytes of a token's name.
+pub const TOKEN_NAME_BYTES_MAX: usize = 128;
+
 /// Items of a page of an answer, unless asked for fewer.
 pub const PAGE_DEFAULT: usize = 100;
 

@@ -24,6 +24,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Makes the data folder and the first admin token, which is printed and stored nowhere.
+    Init {
+        #[command(flatten)]
+        options: Options,
+        /// Makes another admin token although there is one: whoever can write the folder may.
+        #[arg(long)]
+        another: bool,
+    },
     /// Serves until SIGTERM or SIGINT.
     Serve {
         #[command(flatten)]
@@ -65,6 +73,9 @@ struct Options {
     /// File with the placement that a group starts with, JSON [layer][slot]; may be given for several.
     #[arg(long, value_name = "GROUP=FILE", value_parser = placement)]
     placement: Vec<(String, PathBuf)>,
+    /// Requests of one caller in a second.
+    #[arg(long)]
+    requests_per_second: Option<u32>,
     /// What is logged, such as info or control=debug.
     #[arg(long)]
     log: Option<String>,
@@ -78,7 +89,7 @@ fn placement(option: &str) -> Result<(String, PathBuf), String> {
 impl Options {
     fn config(self) -> Result<Config, ConfigError> {
         let Self { config, data, listen, heartbeat_ms, window_ms, .. } = self;
-        let Self { windows_hours, hours_days, placement, log, .. } = self;
+        let Self { windows_hours, hours_days, placement, requests_per_second, log, .. } = self;
         let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
         let placements = placement.into_iter().collect();
         let options = Settings {
@@ -88,6 +99,7 @@ impl Options {
             window_ms,
             windows_hours,
             hours_days,
+            requests_per_second,
             log,
             placements,
         };
@@ -99,6 +111,9 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Openapi => print_document(),
         Command::Check(options) => options.config().map_err(Into::into).and_then(print_config),
+        Command::Init { options, another } => {
+            options.config().map_err(Into::into).and_then(|config| init(&config, another))
+        }
         Command::Serve { options, exit_with_parent } => {
             let config = options.config().map_err(anyhow::Error::from);
             let tied = if exit_with_parent { end_with_parent() } else { Ok(()) };
@@ -120,6 +135,14 @@ fn end_with_parent() -> anyhow::Result<()> {
     // It may have ended before the signal was asked for.
     anyhow::ensure!(rustix::process::getppid() == parent, "the parent process has ended");
     Ok(())
+}
+
+fn init(config: &Config, another: bool) -> anyhow::Result<()> {
+    let made = control::init(config, another);
+    let secret =
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(made)?;
+    eprintln!("the admin token, shown this once (authorization: Bearer TOKEN):");
+    Ok(writeln!(io::stdout(), "{secret}")?)
 }
 
 fn print_document() -> anyhow::Result<()> {

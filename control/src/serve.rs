@@ -1,23 +1,25 @@
 //! From a configuration to a control plane that answers, and to its orderly end.
 
 use std::fs::{self, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use crate::access::{Role, new_secret, sha256};
 use crate::api;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::FORGET_SECONDS;
 use crate::placing::{FileError, PlacementFile};
 use crate::state::{State, now_ms};
+use crate::store::audit::Entry;
+use crate::store::tokens::NewToken;
 use crate::store::windows::HOUR_MS;
 use crate::store::{Store, StoreError};
 
@@ -25,9 +27,6 @@ use crate::store::{Store, StoreError};
 const DATABASE: &str = "control.sqlite";
 const CREDENTIAL: &str = "worker-credential";
 const ADDRESS: &str = "address";
-
-/// Random bytes of a credential.
-const CREDENTIAL_BYTES: usize = 32;
 
 /// Why control does not start, or ends.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +66,29 @@ pub enum ServeError {
     /// The server.
     #[error("the server failed")]
     Serve(#[source] io::Error),
+    /// The API's document.
+    #[error("the API's document cannot be made")]
+    Document(#[source] serde_json::Error),
+    /// A secret.
+    #[error("there are no random numbers")]
+    Random(#[from] getrandom::Error),
+}
+
+/// Why there is no first token.
+#[derive(Debug, thiserror::Error)]
+pub enum InitError {
+    /// There is one.
+    #[error("{} has an admin token already, expected none; --another makes one more", data.display())]
+    Done {
+        /// The data folder.
+        data: PathBuf,
+    },
+    /// The folder.
+    #[error(transparent)]
+    Folder(#[from] ServeError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// A control plane that listens.
@@ -86,14 +108,15 @@ impl Server {
     /// See [`ServeError`].
     pub async fn start(config: Config) -> Result<Self, ServeError> {
         let data = config.data.clone();
-        fs::create_dir_all(&data).map_err(failed("make", &data))?;
-        let credential = credential(&data.join(CREDENTIAL))?;
         let read = |(group, path): (&String, &PathBuf)| match PlacementFile::read(path) {
             Ok(file) => Ok((group.clone(), file)),
             Err(source) => Err(ServeError::Placement { group: group.clone(), source }),
         };
         let files = config.placements.iter().map(read).collect::<Result<_, _>>()?;
-        let store = Store::open(&data.join(DATABASE)).await?;
+        let store = open(&data).await?;
+        if !store.has_admin(now_ms()).await? {
+            tracing::warn!("nobody has a token yet: moeplane-control init makes the first");
+        }
         let mut fleet = Fleet::default();
         for worker in store.workers().await? {
             fleet.remember(worker.register, (worker.first_seen_ms, worker.last_seen_ms));
@@ -103,7 +126,7 @@ impl Server {
         let listener = TcpListener::bind(listen).await.map_err(refused)?;
         let bound = listener.local_addr().map_err(refused)?;
         let (stop, stopped) = watch::channel(false);
-        let state = Arc::new(State::new((config, files), store, credential, stopped, fleet));
+        let state = Arc::new(State::new((config, files), store, stopped, fleet));
         let address = data.join(ADDRESS);
         // Whole or not at all: somebody may be waiting for it.
         let beside = data.join(format!("{ADDRESS}.new"));
@@ -128,8 +151,9 @@ impl Server {
             // Sessions end by themselves then, which the server waits for.
             stop.send_replace(true);
         };
-        let router = api::router(Arc::clone(&state));
-        let served = axum::serve(listener, router).with_graceful_shutdown(ended).await;
+        let router = api::router(Arc::clone(&state)).map_err(ServeError::Document)?;
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        let served = axum::serve(listener, service).with_graceful_shutdown(ended).await;
         forgetting.abort();
         state.store.close().await;
         fs::remove_file(&address).map_err(failed("remove", &address))?;
@@ -161,20 +185,46 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ServeE
     move |source| ServeError::File { action, path, source }
 }
 
-/// The digest of the workers' credential, which is made at the first start.
-fn credential(path: &Path) -> Result<[u8; 32], ServeError> {
+/// The hash of the workers' credential, which is made at the first start.
+fn credential(path: &Path) -> Result<String, ServeError> {
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     match made {
         Ok(mut file) => {
-            let mut bytes = [0; CREDENTIAL_BYTES];
-            let random = fs::File::open("/dev/urandom").and_then(|mut r| r.read_exact(&mut bytes));
-            random.map_err(failed("read", Path::new("/dev/urandom")))?;
-            let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-            writeln!(file, "{text}").map_err(failed("write", path))?;
+            writeln!(file, "{}", new_secret()?).map_err(failed("write", path))?;
         }
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(failed("make", path)(error)),
     }
     let text = fs::read_to_string(path).map_err(failed("read", path))?;
-    Ok(Sha256::digest(text.trim().as_bytes()).into())
+    Ok(sha256(text.trim().as_bytes()))
+}
+
+/// Makes the data folder if need be, and an admin's token; its secret.
+///
+/// # Errors
+/// See [`InitError`].
+pub async fn init(config: &Config, another: bool) -> Result<String, InitError> {
+    let store = open(&config.data).await?;
+    if !another && store.has_admin(now_ms()).await? {
+        return Err(InitError::Done { data: config.data.clone() });
+    }
+    let secret = new_secret().map_err(ServeError::from)?;
+    let hash = sha256(secret.as_bytes());
+    let new = NewToken { name: "admin", role: Role::Admin, sha256: &hash, expires_ms: None };
+    let who = ("moeplane-control init", Role::Admin);
+    store.make_token(new, Entry::new(who, "token.make", now_ms(), ("init", ""))).await?;
+    store.close().await;
+    Ok(secret)
+}
+
+/// Opens the database of a data folder, which knows the folder's credential of workers.
+async fn open(data: &Path) -> Result<Store, ServeError> {
+    fs::create_dir_all(data).map_err(failed("make", data))?;
+    let sha256 = &credential(&data.join(CREDENTIAL))?;
+    let store = Store::open(&data.join(DATABASE)).await?;
+    let new = NewToken { name: CREDENTIAL, role: Role::Worker, sha256, expires_ms: None };
+    let who = ("moeplane-control", Role::Admin);
+    let entry = Entry::new(who, "token.make", now_ms(), ("the data folder's credential", ""));
+    store.know_credential(new, entry).await?;
+    Ok(store)
 }

@@ -36,11 +36,13 @@ enum Ended {
     Silent { patience_ms: u64 },
     #[error("a later process of this rank has registered")]
     Replaced,
+    #[error("the credential has ended")]
+    Credential,
 }
 
-/// Runs the session to its end.
-pub(crate) async fn run(state: Shared, mut socket: WebSocket) {
-    let Err(ended) = greet(&state, &mut socket).await else { return };
+/// Runs the session to its end. `credential` is the hash of what the worker was let in by.
+pub(crate) async fn run(state: Shared, mut socket: WebSocket, credential: String) {
+    let Err(ended) = greet(&state, &mut socket, &credential).await else { return };
     tracing::warn!(error = &ended as &dyn std::error::Error, "a session ended");
     let reason = ended.to_string();
     if let Err(error) = say(&mut socket, &FromControl::Refused { reason }).await {
@@ -48,7 +50,7 @@ pub(crate) async fn run(state: Shared, mut socket: WebSocket) {
     }
 }
 
-async fn greet(state: &Shared, socket: &mut WebSocket) -> Result<(), Ended> {
+async fn greet(state: &Shared, socket: &mut WebSocket, credential: &str) -> Result<(), Ended> {
     let expected = "a registration";
     let patience = Duration::from_secs(REGISTER_SECONDS_MAX);
     let register = match tokio::time::timeout(patience, hear(socket)).await {
@@ -67,7 +69,7 @@ async fn greet(state: &Shared, socket: &mut WebSocket) -> Result<(), Ended> {
     let ended = match kept {
         Ok(()) => {
             state.fleet().keep(&register, admitted.session);
-            serve(state, socket, &register, &mut admitted).await
+            serve(state, socket, (&register, credential), &mut admitted).await
         }
         Err(error) => Err(error.into()),
     };
@@ -82,7 +84,7 @@ async fn greet(state: &Shared, socket: &mut WebSocket) -> Result<(), Ended> {
 async fn serve(
     state: &Shared,
     socket: &mut WebSocket,
-    register: &Register,
+    (register, credential): (&Register, &str),
     admitted: &mut Admitted,
 ) -> Result<(), Ended> {
     let Config { heartbeat_ms, window_ms, .. } = state.config;
@@ -101,6 +103,9 @@ async fn serve(
         tokio::select! {
             message = hear(socket) => match message? {
                 Some(FromWorker::Heartbeat(beat)) => {
+                    if state.store.actor(credential, now_ms()).await?.is_none() {
+                        return Err(Ended::Credential);
+                    }
                     if !state.fleet().hear(register, admitted.session, now_ms(), beat) {
                         return Err(Ended::Replaced);
                     }

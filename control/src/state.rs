@@ -6,9 +6,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use crate::access::rate::Rates;
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::limits::HEARTBEATS_MISSED_MAX;
+use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX};
 use crate::placing::PlacementFile;
 use crate::store::Store;
 
@@ -20,27 +21,32 @@ pub(crate) struct State {
     /// Placements by group, from files.
     pub(crate) files: BTreeMap<String, PlacementFile>,
     pub(crate) store: Store,
-    /// SHA-256 of the workers' credential.
-    pub(crate) credential: [u8; 32],
     /// True once control ends.
     pub(crate) stop: watch::Receiver<bool>,
     fleet: Mutex<Fleet>,
+    rates: Mutex<Rates>,
 }
 
 impl State {
     pub(crate) fn new(
         (config, files): (Config, BTreeMap<String, PlacementFile>),
         store: Store,
-        credential: [u8; 32],
         stop: watch::Receiver<bool>,
         fleet: Fleet,
     ) -> Self {
-        Self { config, files, store, credential, stop, fleet: Mutex::new(fleet) }
+        let per_second = config.requests_per_second;
+        let rates = Mutex::new(Rates::new(per_second, per_second.saturating_mul(BURST_SECONDS)));
+        Self { config, files, store, stop, fleet: Mutex::new(fleet), rates }
     }
 
     /// Who is there. Never held over a wait.
     pub(crate) fn fleet(&self) -> MutexGuard<'_, Fleet> {
         self.fleet.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often callers have asked. Never held over a wait.
+    pub(crate) fn rates(&self) -> MutexGuard<'_, Rates> {
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Silence after which a worker counts as lost.

@@ -1,6 +1,8 @@
 //! What outlives this process: one SQLite file.
 
+pub(crate) mod audit;
 pub(crate) mod placements;
+pub(crate) mod tokens;
 pub(crate) mod windows;
 
 use std::path::Path;
@@ -62,6 +64,18 @@ pub enum StoreError {
         #[source]
         source: serde_json::Error,
     },
+    /// The same.
+    #[error("entry {id} of the audit log cannot be read")]
+    Audit {
+        /// The entry.
+        id: i64,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The same.
+    #[error("a token has the role {0}, which there is not")]
+    Role(String),
     /// A number that SQLite has no room for.
     #[error("{0} does not fit the database")]
     Number(u64),

@@ -1,6 +1,7 @@
 //! Real worker processes on real sockets: what is served, what is refused, and what is left behind.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
+mod access;
 mod calls;
 mod checkpoints;
 mod conformance;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -18,6 +18,8 @@ pub struct Control {
     child: Child,
     address: String,
     options: Vec<String>,
+    /// The admin's.
+    token: String,
     /// Its data folder, and the log.
     folder: TempDir,
 }
@@ -45,8 +47,9 @@ impl Control {
     pub fn start_with(options: &[&str]) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("moe-control").tempdir()?;
         let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
+        let token = init(&folder.path().join("data"), &[])?;
         let child = Self::child(folder.path(), "127.0.0.1:0", &options)?;
-        let mut control = Self { child, address: String::new(), options, folder };
+        let mut control = Self { child, address: String::new(), options, token, folder };
         control.ready()?;
         Ok(control)
     }
@@ -116,26 +119,57 @@ impl Control {
         &self.address
     }
 
-    /// Status and body of a GET; null for a body that is no JSON.
-    pub fn get(&self, path: &str) -> Result<(u16, Value)> {
-        answer(agent().get(self.url(path)).call()?)
+    /// The admin's token.
+    #[must_use]
+    pub fn token(&self) -> &str {
+        &self.token
     }
 
-    /// The text of a GET.
+    /// Status and body of a GET by the admin; null for a body that is no JSON.
+    pub fn get(&self, path: &str) -> Result<(u16, Value)> {
+        let (status, text) = self.send("GET", path, Some(&self.token), None)?;
+        Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
+    }
+
+    /// The text of a GET by the admin.
     pub fn text(&self, path: &str) -> Result<String> {
-        Ok(agent().get(self.url(path)).call()?.body_mut().read_to_string()?)
+        Ok(self.send("GET", path, Some(&self.token), None)?.1)
     }
 
     /// Status and tag of a GET by who has what `tag` says.
     pub fn get_unless(&self, path: &str, tag: &str) -> Result<(u16, String)> {
-        let response = agent().get(self.url(path)).header("if-none-match", tag).call()?;
+        let request = agent().get(self.url(path)).header("if-none-match", tag);
+        let request = request.header("authorization", format!("Bearer {}", self.token));
+        let response = request.call()?;
         let tag = response.headers().get("etag").context("no tag")?.to_str()?;
         Ok((response.status().as_u16(), tag.to_owned()))
     }
 
-    /// Status and body of a POST without a body.
-    pub fn post(&self, path: &str) -> Result<(u16, Value)> {
-        answer(agent().post(self.url(path)).send_empty()?)
+    /// Status and body of a POST by the admin, for a reason.
+    pub fn post(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
+        let mut body = body.clone();
+        body["reason"] = "a test".into();
+        let (status, text) = self.send("POST", path, Some(&self.token), Some(&body.to_string()))?;
+        Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
+    }
+
+    /// Status and text of any request; a body is JSON, or said to be.
+    pub fn send(
+        &self,
+        method: &str,
+        path: &str,
+        token: Option<&str>,
+        body: Option<&str>,
+    ) -> Result<(u16, String)> {
+        let mut request = ureq::http::Request::builder().method(method).uri(self.url(path));
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        if body.is_some() {
+            request = request.header("content-type", "application/json");
+        }
+        let mut response = agent().run(request.body(body.unwrap_or_default().to_owned())?)?;
+        Ok((response.status().as_u16(), response.body_mut().read_to_string()?))
     }
 
     fn url(&self, path: &str) -> String {
@@ -158,14 +192,18 @@ fn agent() -> ureq::Agent {
     let config = ureq::Agent::config_builder()
         .http_status_as_error(false)
         .timeout_global(Some(Duration::from_secs(30)))
+        .allow_non_standard_methods(true)
         .build();
     ureq::Agent::new_with_config(config)
 }
 
-fn answer(mut response: ureq::http::Response<ureq::Body>) -> Result<(u16, Value)> {
-    let status = response.status().as_u16();
-    let text = response.body_mut().read_to_string()?;
-    Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
+/// The first admin token of a data folder.
+pub fn init(data: &Path, options: &[&str]) -> Result<String> {
+    let mut init = Command::new(program("moeplane-control")?);
+    let done = init.arg("init").arg("--data").arg(data).args(options).output()?;
+    let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+    ensure!(done.status.success(), "{}: {said}", done.status);
+    Ok(String::from_utf8(done.stdout)?.trim().to_owned())
 }
 
 impl Drop for Control {

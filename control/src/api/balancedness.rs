@@ -8,8 +8,8 @@ use protocol::session::LayerPlacement;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use super::ask::{PathOf, QueryOf};
 use super::error::{ApiError, Problem};
-use super::{PathOf, QueryOf};
 use crate::balance::{Balancedness, max_over_mean, rank_tokens};
 use crate::limits::{BALANCE_ROWS_MAX, PAGE_MAX, SETTLED_MS};
 use crate::state::{Shared, State as Control, now_ms};

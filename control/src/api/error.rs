@@ -1,12 +1,13 @@
 //! The one error that the API answers, as problem+json. What is internal is logged, not returned.
 
-use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::store::StoreError;
+use crate::store::tokens::EndError;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ApiError {
@@ -18,10 +19,24 @@ pub(crate) enum ApiError {
     Query(#[from] QueryRejection),
     #[error("{0}")]
     Path(#[from] PathRejection),
+    #[error("{}", .0.body_text())]
+    Body(#[from] JsonRejection),
     #[error("{name} is {value}, expected {expected}")]
     Value { name: &'static str, value: String, expected: String },
     #[error("the workers' credential is missing or wrong")]
     Credential,
+    #[error("there is no token, expected the header authorization: Bearer TOKEN")]
+    NoToken,
+    #[error("the token is unknown, has expired, or was revoked")]
+    BadToken,
+    #[error("the token has the role {role}, expected {needed}")]
+    Role { needed: &'static str, role: &'static str },
+    #[error("too many requests, expected none for {wait_ms} ms")]
+    TooMany { wait_ms: u64 },
+    #[error("{what} {name}: {reason}")]
+    Conflict { what: &'static str, name: String, reason: String },
+    #[error("there are no random numbers")]
+    Random(#[from] getrandom::Error),
     #[error("not every rank is there: {missing}")]
     NotReady { missing: String },
     #[error("the database does not answer")]
@@ -46,6 +61,16 @@ pub(crate) struct Problem {
 }
 
 impl ApiError {
+    /// Why a token does not end.
+    pub(crate) fn end(id: u64, error: EndError) -> Self {
+        let name = id.to_string();
+        match error {
+            EndError::Store(error) => Self::Store(error),
+            EndError::None => Self::NotFound { what: "token", name },
+            error => Self::Conflict { what: "token", name, reason: error.to_string() },
+        }
+    }
+
     pub(crate) fn cursor(value: &str) -> Self {
         let expected = "`next` of the part before".to_owned();
         Self::Value { name: "cursor", value: value.to_owned(), expected }
@@ -57,8 +82,14 @@ impl ApiError {
             Self::Method => (StatusCode::METHOD_NOT_ALLOWED, "method"),
             Self::Query(_) => (StatusCode::BAD_REQUEST, "query"),
             Self::Path(_) => (StatusCode::BAD_REQUEST, "path"),
+            Self::Body(rejection) => (rejection.status(), "body"),
             Self::Value { .. } => (StatusCode::BAD_REQUEST, "value"),
             Self::Credential => (StatusCode::UNAUTHORIZED, "credential"),
+            Self::NoToken | Self::BadToken => (StatusCode::UNAUTHORIZED, "token"),
+            Self::Role { .. } => (StatusCode::FORBIDDEN, "role"),
+            Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate"),
+            Self::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
+            Self::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, "random"),
             Self::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
             Self::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "database"),
             Self::Json(_) | Self::Text(_) => (StatusCode::INTERNAL_SERVER_ERROR, "answer"),
@@ -76,7 +107,14 @@ impl IntoResponse for ApiError {
         let problem = Problem { r#type: "about:blank", status: status.as_u16(), code, title };
         let mut response = (status, axum::Json(problem)).into_response();
         let problem_json = HeaderValue::from_static("application/problem+json");
-        response.headers_mut().insert(header::CONTENT_TYPE, problem_json);
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, problem_json);
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Self::TooMany { wait_ms } = self {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(wait_ms.div_ceil(1_000)));
+        }
         response
     }
 }

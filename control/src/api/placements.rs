@@ -12,10 +12,10 @@ use protocol::session::{LayerPlacement, Register};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use super::ask::{PathOf, QueryOf, checked_limit, number};
 use super::error::{ApiError, Problem};
 use super::tag::tagged;
 use super::views::Page;
-use super::{PathOf, QueryOf, checked_limit};
 use crate::fleet::Fleet;
 use crate::state::{Shared, now_ms};
 use crate::store::placements::Committed;
@@ -124,16 +124,11 @@ pub(super) async fn epochs(
         return Err(no_layer(&group, layer));
     }
     let limit = checked_limit(part.limit)?;
-    let before = match &part.cursor {
-        None => u64::MAX,
-        Some(cursor) => cursor.parse().map_err(|_no_number| ApiError::cursor(cursor))?,
-    };
+    let before = number(part.cursor.as_ref())?.unwrap_or(u64::MAX);
     let of = (&group[..], &register.model.digest[..]);
-    let mut found = state.store.epochs(of, layer, before, limit + 1).await?;
-    let more = found.len() > limit;
-    found.truncate(limit);
-    let next = found.last().filter(|_| more).map(|last| last.epoch.to_string());
-    Ok(Json(Page { items: found.iter().map(CommittedView::from).collect(), next }))
+    let found = state.store.epochs(of, layer, before, limit + 1).await?;
+    let cursor = |committed: &Committed| committed.epoch.to_string();
+    Ok(Json(Page::of(found, limit, cursor, |committed| CommittedView::from(&committed))))
 }
 
 async fn views(

@@ -19,6 +19,21 @@ pub(crate) struct Page<T> {
     pub(crate) next: Option<String>,
 }
 
+impl<T> Page<T> {
+    /// The first `limit` of `found`, of which one more than that was asked for.
+    pub(crate) fn of<F>(
+        mut found: Vec<F>,
+        limit: usize,
+        cursor: impl Fn(&F) -> String,
+        view: impl Fn(F) -> T,
+    ) -> Self {
+        let more = found.len() > limit;
+        found.truncate(limit);
+        let next = found.last().filter(|_| more).map(cursor);
+        Self { items: found.into_iter().map(view).collect(), next }
+    }
+}
+
 /// A worker.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct WorkerView {

@@ -5,12 +5,14 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::sync::mpsc;
 use utoipa::{IntoParams, ToSchema};
 
+use super::ask::{JsonOf, PathOf, QueryOf, Reason, checked_limit, reason};
 use super::error::{ApiError, Problem};
+use super::gate::Caller;
 use super::views::Page;
-use super::{PathOf, QueryOf, checked_limit};
 use crate::fleet::Command;
 use crate::limits::{CLOSE_SECONDS_MAX, RANKS_MAX};
 use crate::state::{Shared, now_ms};
@@ -119,12 +121,9 @@ pub(super) async fn windows(
     part.limit += 1;
     let model = wanted.model.as_ref().unwrap_or(&model);
     let of = Of { group: &group, model, span: wanted.span };
-    let mut loads = state.store.loads(of, &part).await?;
-    let more = loads.len() > limit;
-    loads.truncate(limit);
-    let last = loads.last().filter(|_| more);
-    let next = last.map(|last| format!("{}:{}:{}", last.end_ms, last.layer, last.phase));
-    Ok(Json(Page { items: loads.into_iter().map(WindowView::from).collect(), next }))
+    let loads = state.store.loads(of, &part).await?;
+    let cursor = |last: &Load| format!("{}:{}:{}", last.end_ms, last.layer, last.phase);
+    Ok(Json(Page::of(loads, limit, cursor, WindowView::from)))
 }
 
 /// A window that was closed.
@@ -140,16 +139,22 @@ pub(super) struct ClosedView {
 
 /// Closes the open window of every rank of a group, and waits until what was counted is stored.
 #[utoipa::path(post, path = "/api/v1/groups/{group}/windows", params(("group" = String, Path)),
+    request_body = Reason, security(("token" = ["operator"])),
     responses((status = 200, body = ClosedView), (status = 404, body = Problem)))]
 pub(super) async fn close(
     State(state): State<Shared>,
+    caller: Caller,
     PathOf(group): PathOf<String>,
+    JsonOf(why): JsonOf<Reason>,
 ) -> Result<Json<ClosedView>, ApiError> {
     let end_ms = now_ms();
+    let entry = caller.entry("windows.close", reason(&why.reason)?);
     let (closed, mut told) = mpsc::channel(RANKS_MAX as usize);
     let command = Command::CloseWindow { mark_ms: end_ms, closed };
     let count = state.fleet().command(&group, CLOSES_SINCE, &command);
-    let count = count.ok_or(ApiError::NotFound { what: "group", name: group })?;
+    let none = || ApiError::NotFound { what: "group", name: group.clone() };
+    let count = count.ok_or_else(none)?;
+    state.store.write_audit(entry.of(&group).made(&json!({ "end_ms": end_ms }))).await?;
     // Sessions that end drop theirs: the wait is over when there is nobody left to wait for.
     drop(command);
     let mut ranks = Vec::new();

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use protocol::client::Engine;
 use reference::layer::Variant;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::control_process::Control;
 use tests::group::{Group, Spec};
 use tests::replay::LayerReport;
@@ -95,8 +95,8 @@ impl System {
         played: &[(Variant, Vec<LayerReport>)],
     ) -> Result<Option<Balance>> {
         let Self::Whole { control, .. } = self else { return Ok(None) };
-        let (status, closed) = control.post(&format!("{GROUP}/windows"))?;
-        ensure!(status == 200 && closed["missing"] == serde_json::json!([]), "{closed}");
+        let (status, closed) = control.post(&format!("{GROUP}/windows"), &json!({}))?;
+        ensure!(status == 200 && closed["missing"] == json!([]), "{closed}");
         let (_, balance) = control.get(&format!("{GROUP}/balancedness?after_ms=0"))?;
         let layers = balance["layers"].as_array().context("no layers")?;
         let judge = |layer: &Value| {

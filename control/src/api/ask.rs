@@ -1,0 +1,58 @@
+//! What requests share: bodies whose rejections are problems, and reasons.
+
+use axum::Json;
+use axum::extract::{FromRequest, FromRequestParts, Path, Query};
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use super::error::ApiError;
+use crate::limits::{PAGE_DEFAULT, PAGE_MAX, REASON_BYTES_MAX};
+
+/// Extractors whose rejections are problems.
+#[derive(FromRequestParts)]
+#[from_request(via(Path), rejection(ApiError))]
+pub(super) struct PathOf<T>(pub(super) T);
+
+#[derive(FromRequestParts)]
+#[from_request(via(Query), rejection(ApiError))]
+pub(super) struct QueryOf<T>(pub(super) T);
+
+#[derive(FromRequest)]
+#[from_request(via(Json), rejection(ApiError))]
+pub(super) struct JsonOf<T>(pub(super) T);
+
+/// Why something is to be done.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Reason {
+    /// Kept in the audit log; not empty.
+    pub(super) reason: String,
+}
+
+/// A reason that is worth keeping.
+pub(super) fn reason(text: &str) -> Result<&str, ApiError> {
+    let text = text.trim();
+    if text.is_empty() || text.len() > REASON_BYTES_MAX {
+        let expected = format!("1 to {REASON_BYTES_MAX} bytes of text");
+        let value = format!("{} bytes long", text.len());
+        return Err(ApiError::Value { name: "reason", value, expected });
+    }
+    Ok(text)
+}
+
+pub(super) fn checked_limit(limit: Option<usize>) -> Result<usize, ApiError> {
+    match limit {
+        None => Ok(PAGE_DEFAULT),
+        Some(limit) if (1..=PAGE_MAX).contains(&limit) => Ok(limit),
+        Some(limit) => {
+            let expected = format!("1 to {PAGE_MAX}");
+            Err(ApiError::Value { name: "limit", value: limit.to_string(), expected })
+        }
+    }
+}
+
+/// A cursor that is a number.
+pub(super) fn number(cursor: Option<&String>) -> Result<Option<u64>, ApiError> {
+    let number = |text: &String| text.parse().map_err(|_no_number| ApiError::cursor(text));
+    cursor.map(number).transpose()
+}
