@@ -6,9 +6,11 @@ mod audit;
 mod balancedness;
 mod document;
 mod error;
+mod events;
 mod gate;
 mod metrics;
 mod placements;
+mod repeat;
 mod tag;
 mod tokens;
 mod views;
@@ -76,6 +78,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(tokens::rotate))
         .routes(routes!(tokens::revoke))
         .routes(routes!(audit::audit))
+        .routes(routes!(events::events))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
 }
@@ -111,6 +114,7 @@ pub(crate) fn router(state: Shared) -> Result<Router, serde_json::Error> {
             name: uri.path().to_owned(),
         })
         .method_not_allowed_fallback(async || ApiError::Method)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), repeat::keyed))
         .layer(middleware::from_fn_with_state(gate, gate::pass))
         .layer(DefaultBodyLimit::max(MESSAGE_BYTES_MAX))
         .layer(TraceLayer::new_for_http().make_span_with(span))

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    HEARTBEAT_MS_DEFAULT, HOURS_DAYS_DEFAULT, LISTEN_DEFAULT, REQUESTS_PER_SECOND_DEFAULT,
-    WINDOW_MS_DEFAULT, WINDOWS_HOURS_DEFAULT,
+    HEARTBEAT_MS_DEFAULT, HOURS_DAYS_DEFAULT, KEEPALIVE_MS_DEFAULT, LISTEN_DEFAULT,
+    REQUESTS_PER_SECOND_DEFAULT, WINDOW_MS_DEFAULT, WINDOWS_HOURS_DEFAULT,
 };
 
 /// A complete configuration.
@@ -31,6 +31,8 @@ pub struct Config {
     pub hours_days: u64,
     /// Requests of one caller in a second.
     pub requests_per_second: u32,
+    /// Milliseconds between two comments of a quiet stream of events.
+    pub keepalive_ms: u64,
     /// What is logged, such as `info` or `control=debug`.
     pub log: String,
     /// Files with the placements that groups start with, JSON `[layer][slot]`; experts in order for
@@ -57,6 +59,8 @@ pub struct Settings {
     pub hours_days: Option<u64>,
     /// See [`Config::requests_per_second`].
     pub requests_per_second: Option<u32>,
+    /// See [`Config::keepalive_ms`].
+    pub keepalive_ms: Option<u64>,
     /// See [`Config::log`].
     pub log: Option<String>,
     /// See [`Config::placements`]: those of the command line are added to those of the file.
@@ -139,6 +143,7 @@ impl Settings {
         let window_ms = self.window_ms.or(file.window_ms).unwrap_or(WINDOW_MS_DEFAULT);
         let windows_hours = self.windows_hours.or(file.windows_hours);
         let windows_hours = windows_hours.unwrap_or(WINDOWS_HOURS_DEFAULT);
+        let keepalive_ms = self.keepalive_ms.or(file.keepalive_ms).unwrap_or(KEEPALIVE_MS_DEFAULT);
         let requests_per_second = self.requests_per_second.or(file.requests_per_second);
         let requests_per_second = requests_per_second.unwrap_or(REQUESTS_PER_SECOND_DEFAULT);
         let hours_days = self.hours_days.or(file.hours_days).unwrap_or(HOURS_DAYS_DEFAULT);
@@ -147,6 +152,7 @@ impl Settings {
             ("window_ms", window_ms, 100..=3_600_000, "100 to 3600000"),
             ("windows_hours", windows_hours, 1..=8_760, "1 to 8760"),
             ("hours_days", hours_days, 1..=3_650, "1 to 3650"),
+            ("keepalive_ms", keepalive_ms, 100..=15_000, "100 to 15000"),
             ("requests_per_second", requests_per_second.into(), 1..=1_000_000, "1 to 1000000"),
         ] {
             if !range.contains(&value) {
@@ -165,6 +171,7 @@ impl Settings {
             windows_hours,
             hours_days,
             requests_per_second,
+            keepalive_ms,
             log,
             placements,
         })

@@ -62,6 +62,17 @@ pub(crate) enum Presence {
     Lost,
 }
 
+impl Presence {
+    /// Its name in the API.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "connected",
+            Self::Loading => "loading",
+            Self::Lost => "lost",
+        }
+    }
+}
+
 impl Worker {
     /// Whether it is there.
     pub(crate) fn presence(&self, now_ms: u64, patience_ms: u64) -> Presence {
@@ -263,6 +274,12 @@ impl Fleet {
     /// What a group serves.
     pub(crate) fn model_of(&self, group: &str) -> Option<&ModelInfo> {
         self.groups.get(group)?.values().next().map(|worker| &worker.register.model)
+    }
+
+    /// Every group, and the digest of its model.
+    pub(crate) fn models(&self) -> Vec<(String, String)> {
+        let names = self.groups.keys();
+        names.filter_map(|name| Some((name.clone(), self.model_of(name)?.digest.clone()))).collect()
     }
 
     /// Has the sessions of a group do something, those whose workers know it since `version`; none if

@@ -67,6 +67,34 @@ pub const BURST_SECONDS: u32 = 2;
 /// Callers that are told apart when requests are counted; the others share.
 pub const CALLERS_COUNTED_MAX: usize = 4_096;
 
+/// Bytes of an idempotency key.
+pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
+
+/// Requests with such a key that may run at once.
+pub const KEYED_AT_ONCE_MAX: usize = 1_024;
+
+/// How long an answer is repeated under its key: longer than anybody retries.
+pub const ANSWER_HOURS: u64 = 24;
+
+/// Events that are kept for those who come back: a day of a busy fleet.
+pub const EVENTS_MAX: i64 = 100_000;
+
+/// Events that are read at once for one who watches.
+pub const EVENTS_AT_ONCE: u32 = 100;
+
+/// Those who may watch at once.
+pub const WATCHERS_MAX: usize = 256;
+
+/// How long one watches before it has to ask again, and show its token again.
+pub const WATCH_SECONDS_MAX: u64 = 900;
+
+/// Time between two comments of a quiet stream of events, unless configured; proxies that close quiet
+/// connections do so after 15 s and more.
+pub const KEEPALIVE_MS_DEFAULT: u64 = 10_000;
+
+/// How often control looks whether a window has settled, to tell those who watch.
+pub const SETTLED_TICK_MS: u64 = 500;
+
 /// Bytes of a reason.
 pub const REASON_BYTES_MAX: usize = 1_000;
 

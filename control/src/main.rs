@@ -76,6 +76,9 @@ struct Options {
     /// Requests of one caller in a second.
     #[arg(long)]
     requests_per_second: Option<u32>,
+    /// Milliseconds between two comments of a quiet stream of events.
+    #[arg(long)]
+    keepalive_ms: Option<u64>,
     /// What is logged, such as info or control=debug.
     #[arg(long)]
     log: Option<String>,
@@ -89,7 +92,15 @@ fn placement(option: &str) -> Result<(String, PathBuf), String> {
 impl Options {
     fn config(self) -> Result<Config, ConfigError> {
         let Self { config, data, listen, heartbeat_ms, window_ms, .. } = self;
-        let Self { windows_hours, hours_days, placement, requests_per_second, log, .. } = self;
+        let Self {
+            windows_hours,
+            hours_days,
+            placement,
+            requests_per_second,
+            keepalive_ms,
+            log,
+            ..
+        } = self;
         let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
         let placements = placement.into_iter().collect();
         let options = Settings {
@@ -100,6 +111,7 @@ impl Options {
             windows_hours,
             hours_days,
             requests_per_second,
+            keepalive_ms,
             log,
             placements,
         };

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -15,12 +16,12 @@ use crate::access::{Role, new_secret, sha256};
 use crate::api;
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::limits::FORGET_SECONDS;
+use crate::limits::{ANSWER_HOURS, FORGET_SECONDS, SETTLED_TICK_MS};
 use crate::placing::{FileError, PlacementFile};
 use crate::state::{State, now_ms};
 use crate::store::audit::Entry;
 use crate::store::tokens::NewToken;
-use crate::store::windows::HOUR_MS;
+use crate::store::windows::{HOUR_MS, Of, Span};
 use crate::store::{Store, StoreError};
 
 /// Names in the data folder.
@@ -146,6 +147,7 @@ impl Server {
     ) -> Result<(), ServeError> {
         let Self { state, listener, stop, address } = self;
         let forgetting = tokio::spawn(forget(Arc::clone(&state)));
+        let settling = tokio::spawn(tell_settled(Arc::clone(&state)));
         let ended = async move {
             end.await;
             // Sessions end by themselves then, which the server waits for.
@@ -155,6 +157,7 @@ impl Server {
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
         let served = axum::serve(listener, service).with_graceful_shutdown(ended).await;
         forgetting.abort();
+        settling.abort();
         state.store.close().await;
         fs::remove_file(&address).map_err(failed("remove", &address))?;
         tracing::info!("stopped");
@@ -171,13 +174,46 @@ async fn forget(state: Arc<State>) {
         time.tick().await;
         let rolled_up = state.store.roll_up(before(windows_hours)).await;
         let forgotten = state.store.forget_hours(before(hours_days * 24)).await;
-        match (rolled_up, forgotten) {
-            (Ok(made), Ok(forgotten)) => tracing::debug!(made, forgotten, "hours of load"),
-            (Err(error), _) | (_, Err(error)) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "old load stays");
+        let answers = state.store.forget_answers(before(ANSWER_HOURS)).await;
+        match (rolled_up, forgotten, answers) {
+            (Ok(made), Ok(forgotten), Ok(())) => tracing::debug!(made, forgotten, "hours of load"),
+            (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "what is old stays");
             }
         }
     }
+}
+
+/// Tells those who watch of each window once all ranks have had the time to tell theirs.
+async fn tell_settled(state: Arc<State>) {
+    // What has settled before control starts is no news.
+    let mut told = state.settled_ms();
+    let mut time = tokio::time::interval(Duration::from_millis(SETTLED_TICK_MS));
+    loop {
+        time.tick().await;
+        let settled = state.settled_ms();
+        match tell_windows(&state, (told, settled)).await {
+            Ok(()) => told = told.max(settled),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(error, "windows are not told of yet");
+            }
+        }
+    }
+}
+
+/// Tells of each group's newest window that ended in (`after_ms`, `until_ms`].
+async fn tell_windows(state: &State, (after_ms, until_ms): (u64, u64)) -> Result<(), StoreError> {
+    let groups = state.fleet().models();
+    for (group, model) in &groups {
+        let of = Of { group, model, span: Span::Window };
+        let newest = state.store.newest_end(of, until_ms).await?;
+        if let Some(end_ms) = newest.filter(|end_ms| *end_ms > after_ms) {
+            let window = json!({ "group": group, "end_ms": end_ms });
+            state.store.tell("window", &window, now_ms()).await?;
+        }
+    }
+    Ok(())
 }
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ServeError {

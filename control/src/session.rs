@@ -8,12 +8,13 @@ use axum::extract::ws::{Message, WebSocket};
 use protocol::session::{
     FromControl, FromWorker, LayerPlacement, Register, SESSION_VERSION, Window,
 };
-use tokio::sync::{mpsc, watch};
+use serde_json::json;
+use tokio::sync::mpsc;
 
 use crate::config::Config;
 use crate::fleet::{Admitted, Command, Refusal};
 use crate::limits::{COUNT_MAX, REGISTER_SECONDS_MAX};
-use crate::state::{Shared, now_ms};
+use crate::state::{Shared, now_ms, stopped};
 use crate::store::StoreError;
 use crate::store::placements::PlaceError;
 
@@ -69,6 +70,7 @@ async fn greet(state: &Shared, socket: &mut WebSocket, credential: &str) -> Resu
     let ended = match kept {
         Ok(()) => {
             state.fleet().keep(&register, admitted.session);
+            tell_of(state, &register).await?;
             serve(state, socket, (&register, credential), &mut admitted).await
         }
         Err(error) => Err(error.into()),
@@ -77,8 +79,21 @@ async fn greet(state: &Shared, socket: &mut WebSocket, credential: &str) -> Resu
     if let Some(last_seen_ms) = left {
         tracing::info!(group, rank, "a worker left");
         state.store.saw_worker(&register, last_seen_ms).await?;
+        tell_of(state, &register).await?;
     }
     ended
+}
+
+/// Tells those who watch how a worker is now.
+async fn tell_of(state: &Shared, of: &Register) -> Result<(), StoreError> {
+    let (now_ms, Register { group, rank, .. }) = (now_ms(), of);
+    let presence = {
+        let fleet = state.fleet();
+        let worker = fleet.groups.get(group).and_then(|ranks| ranks.get(rank));
+        worker.map(|worker| worker.presence(now_ms, state.patience_ms()).name())
+    };
+    let worker = json!({ "group": group, "rank": rank, "state": presence });
+    state.store.tell("worker", &worker, now_ms).await
 }
 
 async fn serve(
@@ -125,6 +140,8 @@ async fn serve(
                 }
                 Some(FromWorker::Holds { layers }) => {
                     state.fleet().hold(register, admitted.session, layers)?;
+                    tell_of(state, register).await?;
+                    tell_in_force(state, &register.group).await?;
                 }
                 Some(again @ FromWorker::Register(_)) => {
                     return Err(Ended::Order { got: name(&again), expected: "a heartbeat" });
@@ -172,6 +189,23 @@ async fn place(
     Ok(placements.to_vec())
 }
 
+/// Tells those who watch that a placement is in force, if one is.
+async fn tell_in_force(state: &Shared, group: &str) -> Result<(), StoreError> {
+    let now_ms = now_ms();
+    let epochs: Option<Vec<u64>> = {
+        let fleet = state.fleet();
+        let in_force = fleet.in_force(group, now_ms, state.patience_ms());
+        in_force.map(|layers| layers.iter().map(|layer| layer.epoch).collect())
+    };
+    match epochs {
+        Some(epochs) => {
+            let placement = json!({ "group": group, "epochs": epochs });
+            state.store.tell("placement", &placement, now_ms).await
+        }
+        None => Ok(()),
+    }
+}
+
 fn name(message: &FromWorker) -> &'static str {
     match message {
         FromWorker::Register(_) => "a registration",
@@ -179,11 +213,6 @@ fn name(message: &FromWorker) -> &'static str {
         FromWorker::Heartbeat(_) => "a heartbeat",
         FromWorker::Window(_) => "a window",
     }
-}
-
-/// Control ends; so it does when there is nobody left to say so.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
-    drop(stop.wait_for(|stop| *stop).await);
 }
 
 /// The end by which windows of ranks are one: when control asked for it, otherwise the last multiple of

@@ -1,15 +1,15 @@
 //! What every request and session shares.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::access::rate::Rates;
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX};
+use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX, SETTLED_MS, WATCHERS_MAX};
 use crate::placing::PlacementFile;
 use crate::store::Store;
 
@@ -25,6 +25,10 @@ pub(crate) struct State {
     pub(crate) stop: watch::Receiver<bool>,
     fleet: Mutex<Fleet>,
     rates: Mutex<Rates>,
+    /// Idempotency keys, by token, whose requests run.
+    running: Mutex<BTreeSet<(u64, String)>>,
+    /// Places of those who watch events.
+    pub(crate) watchers: Arc<Semaphore>,
 }
 
 impl State {
@@ -36,7 +40,9 @@ impl State {
     ) -> Self {
         let per_second = config.requests_per_second;
         let rates = Mutex::new(Rates::new(per_second, per_second.saturating_mul(BURST_SECONDS)));
-        Self { config, files, store, stop, fleet: Mutex::new(fleet), rates }
+        let (fleet, running) = (Mutex::new(fleet), Mutex::default());
+        let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
+        Self { config, files, store, stop, fleet, rates, running, watchers }
     }
 
     /// Who is there. Never held over a wait.
@@ -49,10 +55,25 @@ impl State {
         self.rates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Idempotency keys whose requests run. Never held over a wait.
+    pub(crate) fn running(&self) -> MutexGuard<'_, BTreeSet<(u64, String)>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until when windows must have ended for all ranks to have had the time to tell theirs.
+    pub(crate) fn settled_ms(&self) -> u64 {
+        now_ms().saturating_sub(SETTLED_MS.min(self.config.window_ms / 2))
+    }
+
     /// Silence after which a worker counts as lost.
     pub(crate) fn patience_ms(&self) -> u64 {
         self.config.heartbeat_ms * HEARTBEATS_MISSED_MAX
     }
+}
+
+/// Control ends; so it does when there is nobody left to say so.
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    drop(stop.wait_for(|stop| *stop).await);
 }
 
 /// Milliseconds since 1970.

@@ -1,6 +1,8 @@
 //! What outlives this process: one SQLite file.
 
+pub(crate) mod answers;
 pub(crate) mod audit;
+pub(crate) mod events;
 pub(crate) mod placements;
 pub(crate) mod tokens;
 pub(crate) mod windows;
@@ -10,6 +12,8 @@ use std::path::Path;
 use protocol::session::Register;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions};
+use sqlx::{Sqlite, Transaction};
+use tokio::sync::watch;
 
 static SCHEMA: Migrator = sqlx::migrate!("./migrations");
 
@@ -20,6 +24,8 @@ const CONNECTIONS_MAX: u32 = 4;
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     pool: SqlitePool,
+    /// Told when there is an event.
+    told: watch::Sender<()>,
 }
 
 /// The database failed.
@@ -99,7 +105,19 @@ impl Store {
         let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS_MAX);
         let pool = pool.connect_with(options).await?;
         SCHEMA.run(&pool).await?;
-        Ok(Self { pool })
+        Ok(Self { pool, told: watch::Sender::new(()) })
+    }
+
+    /// Changes whenever there may be a new event.
+    pub(crate) fn told(&self) -> watch::Receiver<()> {
+        self.told.subscribe()
+    }
+
+    /// Ends a transaction that may have written events.
+    async fn commit(&self, transaction: Transaction<'_, Sqlite>) -> Result<(), StoreError> {
+        transaction.commit().await?;
+        self.told.send_replace(());
+        Ok(())
     }
 
     /// Every worker that has ever registered.

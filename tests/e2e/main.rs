@@ -6,6 +6,7 @@ mod calls;
 mod checkpoints;
 mod conformance;
 mod control;
+mod events;
 mod failures;
 mod field;
 mod groups;

@@ -153,7 +153,7 @@ impl Control {
         Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
     }
 
-    /// Status and text of any request; a body is JSON, or said to be.
+    /// Status and text of any request; a body is JSON, or said to be. Streams of events have no text.
     pub fn send(
         &self,
         method: &str,
@@ -169,6 +169,24 @@ impl Control {
             request = request.header("content-type", "application/json");
         }
         let mut response = agent().run(request.body(body.unwrap_or_default().to_owned())?)?;
+        let stream =
+            response.headers().get("content-type").is_some_and(|t| t == "text/event-stream");
+        let text = if stream { String::new() } else { response.body_mut().read_to_string()? };
+        Ok((response.status().as_u16(), text))
+    }
+
+    /// Status and text of a request by the admin with an idempotency key and a body of JSON.
+    pub fn send_keyed(
+        &self,
+        method: &str,
+        path: &str,
+        (key, body): (&str, &str),
+    ) -> Result<(u16, String)> {
+        let request = ureq::http::Request::builder().method(method).uri(self.url(path));
+        let request = request.header("authorization", format!("Bearer {}", self.token));
+        let request = request.header("content-type", "application/json");
+        let request = request.header("idempotency-key", key);
+        let mut response = agent().run(request.body(body.to_owned())?)?;
         Ok((response.status().as_u16(), response.body_mut().read_to_string()?))
     }
 

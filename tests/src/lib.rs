@@ -18,4 +18,5 @@ pub mod shape_cases;
 pub mod synthetic;
 pub mod times;
 pub mod traffic;
+pub mod watcher;
 pub mod worker_process;

@@ -11,7 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::ask::{PathOf, QueryOf};
 use super::error::{ApiError, Problem};
 use crate::balance::{Balancedness, max_over_mean, rank_tokens};
-use crate::limits::{BALANCE_ROWS_MAX, PAGE_MAX, SETTLED_MS};
+use crate::limits::{BALANCE_ROWS_MAX, PAGE_MAX};
 use crate::state::{Shared, State as Control, now_ms};
 use crate::store::windows::{Load, Of, Part, Span};
 
@@ -94,7 +94,7 @@ pub(super) async fn balancedness(
     let model = model.ok_or_else(|| ApiError::NotFound { what: "group", name: group.clone() })?;
     let of = Of { group: &group, model: &model, span: wanted.span };
     let (after_ms, until_ms) = match (wanted.after_ms, wanted.until_ms) {
-        (None, None) => match newest(&state, of).await? {
+        (None, None) => match state.store.newest_end(of, state.settled_ms()).await? {
             Some(end_ms) => (end_ms.saturating_sub(1), end_ms),
             None => (0, 0),
         },
@@ -109,12 +109,6 @@ pub(super) async fn balancedness(
     })
     .await?;
     Ok(Json(judge(&state, &group, between, &loads)))
-}
-
-/// The end of the newest window that all ranks have had the time to tell.
-pub(super) async fn newest(state: &Control, of: Of<'_>) -> Result<Option<u64>, ApiError> {
-    let settled = now_ms().saturating_sub(SETTLED_MS.min(state.config.window_ms / 2));
-    Ok(state.store.newest_end(of, settled).await?)
 }
 
 /// Hands on every load of an interval.

@@ -8,9 +8,15 @@ use serde_json::{Value, json};
 use utoipa::openapi::OpenApi;
 
 use crate::access::Role;
+use crate::limits::IDEMPOTENCY_KEY_BYTES_MAX;
 
-/// Adds what holds for every operation: the role (viewers read, admins do what is not said otherwise) and
-/// the form of errors.
+/// Methods that change nothing.
+pub(super) fn reads(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
+}
+
+/// Adds what holds for every operation: the role (viewers read, admins do what is not said otherwise), the
+/// form of errors, and the key of repetitions.
 pub(super) fn completed(document: &OpenApi) -> Result<OpenApi, serde_json::Error> {
     let mut document = serde_json::to_value(document)?;
     document["components"]["securitySchemes"]["token"] = json!({
@@ -22,6 +28,17 @@ pub(super) fn completed(document: &OpenApi) -> Result<OpenApi, serde_json::Error
         if operation["security"].is_null() {
             let role = if method == "get" { Role::Viewer } else { Role::Admin };
             operation["security"] = json!([{ "token": [role.name()] }]);
+        }
+        if method != "get" {
+            let key = json!({
+                "name": "idempotency-key", "in": "header", "required": false,
+                "description": "Repeats the answer of the same request, for a day, instead of doing it again.",
+                "schema": { "type": "string", "maxLength": IDEMPOTENCY_KEY_BYTES_MAX },
+            });
+            match operation["parameters"].as_array_mut() {
+                Some(parameters) => parameters.push(key),
+                None => operation["parameters"] = json!([key]),
+            }
         }
         operation["responses"]["default"] = json!({
             "description": "What is wrong, and with which value.",

@@ -33,6 +33,8 @@ pub(crate) enum ApiError {
     Role { needed: &'static str, role: &'static str },
     #[error("too many requests, expected none for {wait_ms} ms")]
     TooMany { wait_ms: u64 },
+    #[error("the body is longer than expected, at most {max} bytes")]
+    Length { max: usize },
     #[error("{what} {name}: {reason}")]
     Conflict { what: &'static str, name: String, reason: String },
     #[error("there are no random numbers")]
@@ -88,6 +90,7 @@ impl ApiError {
             Self::NoToken | Self::BadToken => (StatusCode::UNAUTHORIZED, "token"),
             Self::Role { .. } => (StatusCode::FORBIDDEN, "role"),
             Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate"),
+            Self::Length { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body"),
             Self::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
             Self::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, "random"),
             Self::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),

@@ -15,7 +15,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::balancedness::{add, each_load, judge, newest};
+use super::balancedness::{add, each_load, judge};
 use super::error::{ApiError, Problem};
 use crate::fleet::{Fleet, Presence};
 use crate::limits::STALE_MS;
@@ -85,17 +85,11 @@ impl Metrics {
         let now_ms = now_ms();
         for (name, ranks) in &fleet.groups {
             let group = ("group", name.clone());
-            for (state, presence) in [
-                ("connected", Presence::Ready),
-                ("loading", Presence::Loading),
-                ("lost", Presence::Lost),
-            ] {
-                let of = |presence| {
-                    let there = ranks.values().map(|worker| worker.presence(now_ms, patience_ms));
-                    there.filter(|there| *there == presence).count()
-                };
-                let labels = Labels(vec![group.clone(), ("state", state.to_owned())]);
-                self.workers.get_or_create(&labels).set(signed(of(presence)));
+            for presence in [Presence::Ready, Presence::Loading, Presence::Lost] {
+                let are = ranks.values().map(|worker| worker.presence(now_ms, patience_ms));
+                let count = are.filter(|is| *is == presence).count();
+                let labels = Labels(vec![group.clone(), ("state", presence.name().to_owned())]);
+                self.workers.get_or_create(&labels).set(signed(count));
             }
             self.missing.get_or_create(&Labels(vec![group.clone()])).set(0);
             for (rank, worker) in ranks {
@@ -151,16 +145,10 @@ fn signed(count: usize) -> i64 {
 pub(super) async fn metrics(State(state): State<Shared>) -> Result<impl IntoResponse, ApiError> {
     let metrics = Metrics::new();
     metrics.of_fleet(&state.fleet(), state.patience_ms());
-    let groups: Vec<(String, String)> = {
-        let fleet = state.fleet();
-        let names = fleet.groups.keys();
-        let models =
-            names.filter_map(|name| Some((name.clone(), fleet.model_of(name)?.digest.clone())));
-        models.collect()
-    };
+    let groups = state.fleet().models();
     for (group, model) in &groups {
         let of = Of { group, model, span: Span::Window };
-        let newest = newest(&state, of).await?;
+        let newest = state.store.newest_end(of, state.settled_ms()).await?;
         let fresh = newest.filter(|end_ms| now_ms().saturating_sub(*end_ms) < STALE_MS);
         let Some(end_ms) = fresh else { continue };
         let mut loads = Vec::new();

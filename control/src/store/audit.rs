@@ -1,9 +1,9 @@
 //! The audit log: what was changed, by whom and why. Entries are written in the transaction of the change.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::{FromRow, SqliteConnection};
 
-use super::{Store, StoreError, signed};
+use super::{Store, StoreError, events, signed};
 use crate::access::Role;
 
 /// An entry to be written.
@@ -99,35 +99,38 @@ impl TryFrom<Row> for Audited {
     }
 }
 
-/// Writes an entry, in whatever transaction the connection is.
+/// Writes an entry, and tells those who watch, in whatever transaction the connection is.
 pub(super) async fn write(
     connection: &mut SqliteConnection,
     entry: Entry<'_>,
 ) -> Result<(), StoreError> {
     let Entry { actor: (actor, role), action, target, at_ms, why: (reason, request), .. } = entry;
-    sqlx::query(
+    let id: i64 = sqlx::query_scalar(
         "INSERT INTO audit
              (at_ms, actor, role, action, target, reason, before, after, request_id)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) RETURNING id",
     )
     .bind(signed(at_ms)?)
     .bind(actor)
     .bind(role.name())
     .bind(action)
-    .bind(target)
+    .bind(&target)
     .bind(reason)
     .bind(entry.before.map(|json| json.to_string()))
     .bind(entry.after.map(|json| json.to_string()))
     .bind(request)
-    .execute(connection)
+    .fetch_one(&mut *connection)
     .await?;
-    Ok(())
+    let told = json!({ "id": id, "action": action, "target": target, "actor": actor });
+    events::write(connection, ("audit", &told), at_ms).await
 }
 
 impl Store {
     /// Writes an entry of something that is not in the store itself.
     pub(crate) async fn write_audit(&self, entry: Entry<'_>) -> Result<(), StoreError> {
-        write(&mut *self.pool.acquire().await?, entry).await
+        let mut transaction = self.pool.begin_with("BEGIN IMMEDIATE").await?;
+        write(&mut transaction, entry).await?;
+        self.commit(transaction).await
     }
 
     /// The newest `limit` entries before `before`, newest first.

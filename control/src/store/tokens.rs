@@ -124,7 +124,7 @@ impl Store {
     ) -> Result<Token, StoreError> {
         let mut transaction = self.pool.begin_with("BEGIN IMMEDIATE").await?;
         let made = insert(&mut transaction, new, entry).await?;
-        transaction.commit().await?;
+        self.commit(transaction).await?;
         Ok(made)
     }
 
@@ -142,7 +142,7 @@ impl Store {
         if known.is_none() {
             insert(&mut transaction, new, entry).await?;
         }
-        Ok(transaction.commit().await?)
+        self.commit(transaction).await
     }
 
     /// Ends a token now.
@@ -161,7 +161,7 @@ impl Store {
             .await?;
         write(&mut transaction, entry.of(&token.name).changed(&facts(&token), &facts(&revoked)))
             .await?;
-        transaction.commit().await?;
+        self.commit(transaction).await?;
         Ok(revoked)
     }
 
@@ -187,7 +187,7 @@ impl Store {
         let Token { name, role, expires_ms, .. } = &old;
         let new = NewToken { name, role: *role, sha256, expires_ms: *expires_ms };
         let made = insert(&mut transaction, new, entry).await?;
-        transaction.commit().await?;
+        self.commit(transaction).await?;
         Ok(made)
     }
 }
