@@ -2,24 +2,24 @@
 //! place of the file's values. No other module reads files, arguments or the environment for settings.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+pub use settings::ConfigError;
 
 use crate::limits::{
     HEARTBEAT_MS_DEFAULT, HOURS_DAYS_DEFAULT, KEEPALIVE_MS_DEFAULT, LISTEN_DEFAULT,
     REQUESTS_PER_SECOND_DEFAULT, WINDOW_MS_DEFAULT, WINDOWS_HOURS_DEFAULT,
 };
+use crate::tls::TlsConfig;
 
 /// A complete configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Config {
     /// Folder of what control keeps: the database, the workers' credential, the address.
     pub data: PathBuf,
-    /// Where control listens; port 0 takes a free one.
+    /// Where control listens; port 0 takes a free one. Beyond loopback only with TLS.
     pub listen: SocketAddr,
     /// Milliseconds between a worker's heartbeats.
     pub heartbeat_ms: u64,
@@ -39,6 +39,9 @@ pub struct Config {
     /// others.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub placements: BTreeMap<String, PathBuf>,
+    /// Certificate and key; none for control that is on loopback.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsConfig>,
 }
 
 /// Settings as the file or the command line gives them.
@@ -66,78 +69,26 @@ pub struct Settings {
     /// See [`Config::placements`]: those of the command line are added to those of the file.
     #[serde(default)]
     pub placements: BTreeMap<String, PathBuf>,
-}
-
-/// A configuration that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is malformed or has an unknown key.
-    #[error("{} is not a configuration", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: Box<toml::de::Error>,
-    },
-    /// A value that nobody gave.
-    #[error("{key} is not set, expected it in the file or as --{key}")]
-    Missing {
-        /// Key in the file.
-        key: &'static str,
-    },
-    /// A value that cannot be.
-    #[error("{key} is {value}, expected {expected}")]
-    Value {
-        /// Key in the file.
-        key: &'static str,
-        /// Its value.
-        value: String,
-        /// What is possible.
-        expected: &'static str,
-    },
+    /// See [`Config::tls`].
+    pub tls: Option<TlsConfig>,
 }
 
 impl Settings {
-    /// Reads a file.
-    ///
-    /// # Errors
-    /// [`ConfigError::Read`], [`ConfigError::Parse`] with the line.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source: Box::new(source),
-        })
-    }
-
     /// These settings, and those of `file` where these say nothing; checked.
     ///
     /// # Errors
     /// [`ConfigError::Missing`], [`ConfigError::Value`].
     pub fn over(self, file: Self) -> Result<Config, ConfigError> {
-        let data = self.data.or(file.data).ok_or(ConfigError::Missing { key: "data" })?;
+        let data =
+            self.data.or(file.data).ok_or(ConfigError::Missing { key: "data", option: "data" })?;
         let listen = self.listen.or(file.listen).unwrap_or_else(|| LISTEN_DEFAULT.to_owned());
-        let wrong = |value: &str, expected| ConfigError::Value {
-            key: "listen",
-            value: value.to_owned(),
-            expected,
-        };
+        let wrong = |value: &str, expected| ConfigError::value("listen", value, expected);
         let address = listen.to_socket_addrs().ok().and_then(|mut all| all.next());
         let address = address.ok_or_else(|| wrong(&listen, "HOST:PORT"))?;
-        // Credentials cross in the clear.
-        if !address.ip().is_loopback() {
-            return Err(wrong(&listen, "an address of loopback: there is no TLS yet"));
+        let tls = self.tls.or(file.tls);
+        // Credentials would cross in the clear.
+        if !address.ip().is_loopback() && tls.is_none() {
+            return Err(wrong(&listen, "an address of loopback, as tls is not set"));
         }
         let heartbeat_ms = self.heartbeat_ms.or(file.heartbeat_ms).unwrap_or(HEARTBEAT_MS_DEFAULT);
         let window_ms = self.window_ms.or(file.window_ms).unwrap_or(WINDOW_MS_DEFAULT);
@@ -156,7 +107,7 @@ impl Settings {
             ("requests_per_second", requests_per_second.into(), 1..=1_000_000, "1 to 1000000"),
         ] {
             if !range.contains(&value) {
-                return Err(ConfigError::Value { key, value: value.to_string(), expected });
+                return Err(ConfigError::value(key, value.to_string(), expected));
             }
         }
         let log = self.log.or(file.log).unwrap_or_else(|| "info".to_owned());
@@ -174,6 +125,7 @@ impl Settings {
             keepalive_ms,
             log,
             placements,
+            tls,
         })
     }
 }
@@ -189,11 +141,12 @@ mod tests {
             ("data = 'd'\nlisten = 'nowhere'", "listen is nowhere, expected HOST:PORT"),
             (
                 "data = 'd'\nlisten = '0.0.0.0:1'",
-                "listen is 0.0.0.0:1, expected an address of loop",
+                "listen is 0.0.0.0:1, expected an address of loopback, as tls is",
             ),
             ("data = 'd'\nheartbeat_ms = 9", "heartbeat_ms is 9, expected 10 to 60000"),
             ("data = 'd'\nwindow_ms = 5", "window_ms is 5, expected 100 to 3600000"),
             ("data = 'd'\nlog_level = 'x'", "unknown field `log_level`"),
+            ("data = 'd'\n[tls]\nkey = 'k'", "missing field `certificate`"),
         ];
         for (text, expected) in cases {
             let file = toml::from_str::<Settings>(text).map_err(|error| error.to_string());
@@ -211,5 +164,8 @@ mod tests {
         let config = options.over(file).unwrap();
         assert_eq!((config.data, config.listen.port()), (PathBuf::from("d"), 2));
         assert_eq!(config.heartbeat_ms, HEARTBEAT_MS_DEFAULT);
+        let tls = "data = 'd'\nlisten = '0.0.0.0:1'\n[tls]\ncertificate = 'c'\nkey = 'k'";
+        let config = Settings::default().over(toml::from_str(tls).unwrap()).unwrap();
+        assert!(!config.listen.ip().is_loopback());
     }
 }

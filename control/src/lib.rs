@@ -19,6 +19,7 @@ mod serve;
 mod session;
 mod state;
 mod store;
+pub mod tls;
 
 pub use self::api::document;
 pub use self::placing::FileError;

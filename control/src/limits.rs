@@ -67,6 +67,11 @@ pub const BURST_SECONDS: u32 = 2;
 /// Callers that are told apart when requests are counted; the others share.
 pub const CALLERS_COUNTED_MAX: usize = 4_096;
 
+/// How long a TLS handshake may take, and how many may run at once.
+pub const HANDSHAKE_SECONDS_MAX: u64 = 10;
+/// See above.
+pub const HANDSHAKES_MAX: usize = 256;
+
 /// Bytes of an idempotency key.
 pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 

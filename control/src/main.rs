@@ -9,11 +9,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use control::Server;
 use control::config::{Config, ConfigError, Settings};
+use control::tls::TlsConfig;
+use settings::BAD_CONFIG;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-
-/// Exit code of a configuration that cannot be used (sysexits' EX_USAGE).
-const BAD_CONFIG: u8 = 64;
 
 #[derive(Parser)]
 #[command(name = "moeplane-control", version, about = "Sees every worker, and says what it sees")]
@@ -70,6 +69,12 @@ struct Options {
     /// Days that those sums are kept.
     #[arg(long)]
     hours_days: Option<u64>,
+    /// Certificate of the listener, PEM; with its key, control may listen beyond loopback.
+    #[arg(long, requires = "tls_key")]
+    tls_certificate: Option<PathBuf>,
+    /// Private key of the certificate, PEM.
+    #[arg(long, requires = "tls_certificate")]
+    tls_key: Option<PathBuf>,
     /// File with the placement that a group starts with, JSON [layer][slot]; may be given for several.
     #[arg(long, value_name = "GROUP=FILE", value_parser = placement)]
     placement: Vec<(String, PathBuf)>,
@@ -101,8 +106,9 @@ impl Options {
             log,
             ..
         } = self;
-        let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
         let placements = placement.into_iter().collect();
+        let tls = self.tls_certificate.zip(self.tls_key);
+        let tls = tls.map(|(certificate, key)| TlsConfig { certificate, key });
         let options = Settings {
             data,
             listen,
@@ -114,8 +120,9 @@ impl Options {
             keepalive_ms,
             log,
             placements,
+            tls,
         };
-        options.over(file)
+        settings::load(config.as_deref(), |file| options.over(file))
     }
 }
 
@@ -166,11 +173,8 @@ fn print_config(config: Config) -> anyhow::Result<()> {
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&config.log).map_err(|_unclear| ConfigError::Value {
-        key: "log",
-        value: config.log.clone(),
-        expected: "a filter such as info",
-    })?;
+    let filter = EnvFilter::try_new(&config.log)
+        .map_err(|_unclear| ConfigError::value("log", &config.log, "a filter such as info"))?;
     let ansi = io::IsTerminal::is_terminal(&io::stderr());
     let lines = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter);
     lines.with_ansi(ansi).init();

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::serve::ListenerExt;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -23,6 +24,7 @@ use crate::store::audit::Entry;
 use crate::store::tokens::NewToken;
 use crate::store::windows::{HOUR_MS, Of, Span};
 use crate::store::{Store, StoreError};
+use crate::tls::{TlsConfig, TlsError, TlsListener};
 
 /// Names in the data folder.
 const DATABASE: &str = "control.sqlite";
@@ -52,6 +54,9 @@ pub enum ServeError {
         #[source]
         source: FileError,
     },
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -97,6 +102,7 @@ pub enum InitError {
 pub struct Server {
     state: Arc<State>,
     listener: TcpListener,
+    tls: Option<Arc<rustls::ServerConfig>>,
     stop: watch::Sender<bool>,
     address: PathBuf,
 }
@@ -122,6 +128,7 @@ impl Server {
         for worker in store.workers().await? {
             fleet.remember(worker.register, (worker.first_seen_ms, worker.last_seen_ms));
         }
+        let tls = config.tls.as_ref().map(TlsConfig::load).transpose()?;
         let listen = config.listen;
         let refused = |source| ServeError::Listen { address: listen, source };
         let listener = TcpListener::bind(listen).await.map_err(refused)?;
@@ -134,7 +141,7 @@ impl Server {
         fs::write(&beside, format!("{bound}\n")).map_err(failed("write", &beside))?;
         fs::rename(&beside, &address).map_err(failed("write", &address))?;
         tracing::info!(address = %bound, data = %data.display(), "ready");
-        Ok(Self { state, listener, stop, address })
+        Ok(Self { state, listener, tls, stop, address })
     }
 
     /// Answers until `end` completes; requests that have begun are answered first.
@@ -145,7 +152,7 @@ impl Server {
         self,
         end: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), ServeError> {
-        let Self { state, listener, stop, address } = self;
+        let Self { state, listener, tls, stop, address } = self;
         let forgetting = tokio::spawn(forget(Arc::clone(&state)));
         let settling = tokio::spawn(tell_settled(Arc::clone(&state)));
         let ended = async move {
@@ -155,7 +162,14 @@ impl Server {
         };
         let router = api::router(Arc::clone(&state)).map_err(ServeError::Document)?;
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
-        let served = axum::serve(listener, service).with_graceful_shutdown(ended).await;
+        let served = match tls {
+            None => axum::serve(listener, service).with_graceful_shutdown(ended).await,
+            Some(tls) => {
+                // Tapped, because only then does axum tell the address of who connects.
+                let listener = TlsListener::new(listener, tls).tap_io(|_| {});
+                axum::serve(listener, service).with_graceful_shutdown(ended).await
+            }
+        };
         forgetting.abort();
         settling.abort();
         state.store.close().await;

@@ -4,7 +4,7 @@ use reference::layer::Variant;
 use serde_json::{Value, json};
 use tests::control_process::{Control, init};
 use tests::group::{Group, Spec};
-use tests::worker_process::until;
+use tests::worker_process::{Worker, until};
 
 use crate::{assert_says, skewed};
 
@@ -186,4 +186,38 @@ fn whoever_asks_too_often_is_told_to_wait() {
     for _ in 0..12 {
         assert_eq!(control.send("GET", "/healthz", None, None).unwrap().0, 200);
     }
+}
+
+#[test]
+fn with_tls_only_whoever_control_is_vouched_for_talks_to_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |name: &str| {
+        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let [certificate, key] =
+            ["crt", "key"].map(|end| folder.path().join(name).with_extension(end));
+        std::fs::write(&certificate, made.cert.pem()).unwrap();
+        std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        (certificate, key)
+    };
+    let ((certificate, key), (other, other_key)) = (make("own"), make("other"));
+    let control = Control::start_tls(&certificate, &key).unwrap();
+    let spec = Spec { ranks: 2, placement: None, options: control.options() };
+    let _group = Group::start(&skewed(), &spec).unwrap();
+    until("workers over TLS", || {
+        let (_, groups) = control.get("/api/v1/groups")?;
+        Ok((groups[0]["missing"] == json!([])).then_some(()))
+    })
+    .unwrap();
+    // A worker that trusts somebody else serves on by itself.
+    let mut options = control.options();
+    options[5] = other.display().to_string();
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let stranger = Worker::start(&skewed(), &options).unwrap();
+    until("a refusal", || Ok(stranger.log().contains("invalid peer certificate").then_some(())))
+        .unwrap();
+    // Without TLS there is no answer at all, and none with a key of another.
+    let plain = format!("http://{}/healthz", control.address());
+    ureq::get(&plain).call().unwrap_err();
+    let error = Control::start_tls(&certificate, &other_key).unwrap_err().to_string();
+    assert_says(&error, &["other.key does not belong to the certificate"]);
 }

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::worker_process::{program, until};
 
@@ -20,6 +21,8 @@ pub struct Control {
     options: Vec<String>,
     /// The admin's.
     token: String,
+    /// Who vouches for it, if it has TLS.
+    ca: Option<PathBuf>,
     /// Its data folder, and the log.
     folder: TempDir,
 }
@@ -43,13 +46,22 @@ impl Control {
         Self::start_with(&[&QUICK[..], &["--placement", &format!("g={}", file.display())]].concat())
     }
 
+    /// The same, with TLS by a certificate of 127.0.0.1 that vouches for itself.
+    pub fn start_tls(certificate: &Path, key: &Path) -> Result<Self> {
+        let [certificate_path, key] = [certificate, key].map(|path| path.display().to_string());
+        let tls = ["--tls-certificate", &certificate_path, "--tls-key", &key];
+        let mut control = Self::start_with(&[&QUICK[..], &tls].concat())?;
+        control.ca = Some(certificate.to_owned());
+        Ok(control)
+    }
+
     /// The same, with options of its own.
     pub fn start_with(options: &[&str]) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("moe-control").tempdir()?;
         let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
         let token = init(&folder.path().join("data"), &[])?;
         let child = Self::child(folder.path(), "127.0.0.1:0", &options)?;
-        let mut control = Self { child, address: String::new(), options, token, folder };
+        let mut control = Self { child, address: String::new(), options, token, ca: None, folder };
         control.ready()?;
         Ok(control)
     }
@@ -109,8 +121,14 @@ impl Control {
     #[must_use]
     pub fn options(&self) -> Vec<String> {
         let credential = self.data().join("worker-credential").display().to_string();
-        let url = format!("ws://{}", self.address);
-        ["--control", &url, "--credential", &credential].map(str::to_owned).to_vec()
+        let scheme = if self.ca.is_some() { "wss" } else { "ws" };
+        let url = format!("{scheme}://{}", self.address);
+        let mut options =
+            ["--control", &url, "--credential", &credential].map(str::to_owned).to_vec();
+        if let Some(ca) = &self.ca {
+            options.extend(["--control-ca".to_owned(), ca.display().to_string()]);
+        }
+        options
     }
 
     /// HOST:PORT.
@@ -138,7 +156,7 @@ impl Control {
 
     /// Status and tag of a GET by who has what `tag` says.
     pub fn get_unless(&self, path: &str, tag: &str) -> Result<(u16, String)> {
-        let request = agent().get(self.url(path)).header("if-none-match", tag);
+        let request = self.agent()?.get(self.url(path)).header("if-none-match", tag);
         let request = request.header("authorization", format!("Bearer {}", self.token));
         let response = request.call()?;
         let tag = response.headers().get("etag").context("no tag")?.to_str()?;
@@ -168,7 +186,7 @@ impl Control {
         if body.is_some() {
             request = request.header("content-type", "application/json");
         }
-        let mut response = agent().run(request.body(body.unwrap_or_default().to_owned())?)?;
+        let mut response = self.agent()?.run(request.body(body.unwrap_or_default().to_owned())?)?;
         let stream =
             response.headers().get("content-type").is_some_and(|t| t == "text/event-stream");
         let text = if stream { String::new() } else { response.body_mut().read_to_string()? };
@@ -186,12 +204,26 @@ impl Control {
         let request = request.header("authorization", format!("Bearer {}", self.token));
         let request = request.header("content-type", "application/json");
         let request = request.header("idempotency-key", key);
-        let mut response = agent().run(request.body(body.to_owned())?)?;
+        let mut response = self.agent()?.run(request.body(body.to_owned())?)?;
         Ok((response.status().as_u16(), response.body_mut().read_to_string()?))
     }
 
     fn url(&self, path: &str) -> String {
-        format!("http://{}{path}", self.address)
+        let scheme = if self.ca.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}{path}", self.address)
+    }
+
+    fn agent(&self) -> Result<ureq::Agent> {
+        let mut config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(30)))
+            .allow_non_standard_methods(true);
+        if let Some(ca) = &self.ca {
+            let certificate = Certificate::from_pem(&fs::read(ca)?)?;
+            let roots = RootCerts::new_with_certs(&[certificate]);
+            config = config.tls_config(TlsConfig::builder().root_certs(roots).build());
+        }
+        Ok(ureq::Agent::new_with_config(config.build()))
     }
 
     /// Sends a signal.
@@ -204,15 +236,6 @@ impl Control {
     pub fn wait(&mut self) -> Result<ExitStatus> {
         until("the end of control", || Ok(self.child.try_wait()?))
     }
-}
-
-fn agent() -> ureq::Agent {
-    let config = ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_global(Some(Duration::from_secs(30)))
-        .allow_non_standard_methods(true)
-        .build();
-    ureq::Agent::new_with_config(config)
 }
 
 /// The first admin token of a data folder.

@@ -3,10 +3,8 @@
 //! environment for settings.
 
 use std::fmt;
-use std::fs;
-use std::io;
 use std::num::NonZero;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::thread::available_parallelism;
 
@@ -15,6 +13,7 @@ use kernels::cuda::{CudaOptions, default_cache};
 use kernels::heap::RANKS_MAX;
 use kernels::heap::shm::default_folder;
 use serde::{Deserialize, Serialize};
+pub use settings::ConfigError;
 
 use crate::limits::{DEADLINE_MS_DEFAULT, GROUP_TOKENS_DEFAULT, TOKENS_DEFAULT, TOKENS_MAX};
 
@@ -60,8 +59,11 @@ pub struct GroupConfig {
 /// Where control is, and what it knows this worker by.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ControlConfig {
-    /// Its address, `ws://HOST:PORT`.
+    /// Its address, `ws://HOST:PORT`, or `wss://HOST:PORT` with TLS.
     pub url: String,
+    /// File with the certificates of those who vouch for control, PEM; with `wss` only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
     /// File with the credential of workers; read for each session.
     pub credential: PathBuf,
 }
@@ -147,47 +149,6 @@ impl fmt::Display for LogFormat {
     }
 }
 
-/// A configuration that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is malformed or has an unknown key.
-    #[error("{} is not a configuration", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: Box<toml::de::Error>,
-    },
-    /// A value that nobody gave.
-    #[error("{key} is not set, expected it in the file or as --{option}")]
-    Missing {
-        /// Key in the file.
-        key: &'static str,
-        /// The command line option.
-        option: &'static str,
-    },
-    /// A value out of range.
-    #[error("{key} is {value}, expected {expected}")]
-    Value {
-        /// Key in the file.
-        key: &'static str,
-        /// Its value.
-        value: String,
-        /// What is possible.
-        expected: String,
-    },
-}
-
 /// Settings as the file or the command line gives them.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -247,6 +208,8 @@ pub struct GroupSettings {
 pub struct ControlSettings {
     /// See [`ControlConfig::url`].
     pub url: Option<String>,
+    /// See [`ControlConfig::ca`].
+    pub ca: Option<PathBuf>,
     /// See [`ControlConfig::credential`].
     pub credential: Option<PathBuf>,
 }
@@ -280,19 +243,6 @@ pub struct LogSettings {
 }
 
 impl Settings {
-    /// Reads a file.
-    ///
-    /// # Errors
-    /// [`ConfigError::Read`], [`ConfigError::Parse`] with the line.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source: Box::new(source),
-        })
-    }
-
     /// These settings, and those of `file` where these say nothing; checked.
     ///
     /// # Errors
@@ -335,16 +285,26 @@ impl Settings {
 impl ControlSettings {
     fn over(self, file: Self) -> Result<Option<ControlConfig>, ConfigError> {
         let credential = self.credential.or(file.credential);
+        let ca = self.ca.or(file.ca);
         let missing = |key, option| ConfigError::Missing { key, option };
         match (self.url.or(file.url), credential) {
             (None, None) => Ok(None),
             (None, Some(_)) => Err(missing("control.url", "control")),
             (Some(_), None) => Err(missing("control.credential", "credential")),
-            (Some(url), Some(_)) if !url.starts_with("ws://") => {
-                let expected = "ws://HOST:PORT".to_owned();
-                Err(ConfigError::Value { key: "control.url", value: url, expected })
+            (Some(url), Some(credential)) => {
+                let is = |scheme| url.starts_with(scheme);
+                match &ca {
+                    None if is("wss://") => return Err(missing("control.ca", "control-ca")),
+                    None if is("ws://") => {}
+                    Some(_) if is("wss://") => {}
+                    _ => {
+                        let expected = "ws://HOST:PORT, or wss://HOST:PORT with control.ca";
+                        let (key, expected) = ("control.url", expected.to_owned());
+                        return Err(ConfigError::Value { key, value: url, expected });
+                    }
+                }
+                Ok(Some(ControlConfig { url, ca, credential }))
             }
-            (Some(url), Some(credential)) => Ok(Some(ControlConfig { url, credential })),
         }
     }
 }
@@ -417,6 +377,8 @@ impl DeviceConfig {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn parsed(text: &str) -> Result<Config, String> {
@@ -459,7 +421,7 @@ mod tests {
             ),
             (
                 "model = 'm'\n[engine]\nsocket = 's'\n[control]\nurl = 'h:1'\ncredential = 'c'",
-                "control.url is h:1, expected ws://HOST:PORT",
+                "control.url is h:1, expected ws://HOST:PORT, or wss://HOST:PORT with control.ca",
             ),
             ("model = 'm'\n[group]\nrank = 1", "engine.socket is not set"),
             (

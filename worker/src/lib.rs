@@ -16,6 +16,7 @@ mod socket;
 mod start;
 mod uplink;
 mod watch;
+mod wire;
 
 pub use self::placement::PlaceError;
 pub use self::rank::Rank;

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use kernels::cpu::Isa;
+use settings::BAD_CONFIG;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 use tracing_subscriber::EnvFilter;
@@ -18,9 +19,6 @@ use worker::config::{
     GroupSettings, LogConfig, LogFormat, LogSettings, Settings,
 };
 use worker::{Rank, StartError};
-
-/// Exit code of a configuration that cannot be used (sysexits' EX_USAGE).
-const BAD_CONFIG: u8 = 64;
 
 #[derive(Parser)]
 #[command(name = "moeplane-worker", version, about = "Serves the MoE layers of a model")]
@@ -95,9 +93,12 @@ struct Options {
     /// File with the expert of every slot, JSON [layer][slot].
     #[arg(long)]
     placement: Option<PathBuf>,
-    /// Address of the control plane, ws://HOST:PORT.
+    /// Address of the control plane, ws://HOST:PORT or wss://HOST:PORT.
     #[arg(long)]
     control: Option<String>,
+    /// File with the certificates of those who vouch for a control plane with TLS.
+    #[arg(long)]
+    control_ca: Option<PathBuf>,
     /// File with the credential of workers.
     #[arg(long)]
     credential: Option<PathBuf>,
@@ -131,7 +132,6 @@ impl Options {
     fn config(self) -> Result<Config, ConfigError> {
         let Self { config, model, socket, max_tokens, threads, isa, tactic, log, log_json, .. } =
             self;
-        let file = config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
         let format = log_json.then_some(LogFormat::Json);
         let options = Settings {
             model,
@@ -145,7 +145,11 @@ impl Options {
                 slots_per_rank: self.slots_per_rank,
                 placement: self.placement,
             },
-            control: ControlSettings { url: self.control, credential: self.credential },
+            control: ControlSettings {
+                url: self.control,
+                ca: self.control_ca,
+                credential: self.credential,
+            },
             device: DeviceSettings {
                 kind: self.device,
                 gpu: self.gpu,
@@ -156,7 +160,7 @@ impl Options {
             },
             log: LogSettings { filter: log, format },
         };
-        let config = options.over(file)?;
+        let config = settings::load(config.as_deref(), |file| options.over(file))?;
         config.device.cpu(1)?;
         Ok(config)
     }

@@ -21,6 +21,7 @@ use tungstenite::{HandshakeError, Message, WebSocket};
 use crate::config::ControlConfig;
 use crate::limits::{CONTROL_PATIENCE, CONTROL_TICK, FAREWELL, RECONNECT, WINDOW, WINDOWS_MAX};
 use crate::pulse::{Pulse, now_ms};
+use crate::wire::{TlsError, Wire};
 
 /// Ends the session when dropped.
 #[derive(Debug)]
@@ -44,6 +45,8 @@ enum Lost {
     Address { url: String },
     #[error("no connection")]
     Connect(#[from] io::Error),
+    #[error("no TLS")]
+    Tls(#[from] TlsError),
     #[error("the connection failed")]
     Socket(#[from] tungstenite::Error),
     #[error("control answered nothing in {} s", CONTROL_PATIENCE.as_secs())]
@@ -196,7 +199,7 @@ impl Dialler {
     }
 
     /// Says what the rank holds and its oldest window, unless that was said, and hears what control says.
-    fn exchange(&mut self, socket: &mut WebSocket<TcpStream>, said: &mut Said) -> Result<(), Lost> {
+    fn exchange(&mut self, socket: &mut WebSocket<Wire>, said: &mut Said) -> Result<(), Lost> {
         if let Some(layers) = self.windows.pulse.holds.get().filter(|_| !said.holds) {
             say(socket, &FromWorker::Holds { layers: layers.clone() })?;
             said.holds = true;
@@ -228,10 +231,11 @@ impl Dialler {
         }
     }
 
-    fn dial(&self) -> Result<WebSocket<TcpStream>, Lost> {
-        let ControlConfig { url, credential } = &self.config;
+    fn dial(&self) -> Result<WebSocket<Wire>, Lost> {
+        let ControlConfig { url, ca, credential } = &self.config;
         let address = || Lost::Address { url: url.clone() };
-        let authority = url.strip_prefix("ws://").ok_or_else(address)?.trim_end_matches('/');
+        let (scheme, authority) = url.split_once("://").ok_or_else(address)?;
+        let authority = authority.trim_end_matches('/');
         let path = credential.clone();
         let token = fs::read_to_string(credential);
         let token = token.map_err(|source| Lost::Credential { path, source })?;
@@ -240,19 +244,23 @@ impl Dialler {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(CONTROL_PATIENCE))?;
         stream.set_write_timeout(Some(CONTROL_PATIENCE))?;
-        let mut request = format!("ws://{authority}{SESSION_PATH}").into_client_request()?;
+        let stream = match ca {
+            Some(ca) => Wire::tls(stream, ca, authority)?,
+            None => Wire::Plain(stream),
+        };
+        let mut request = format!("{scheme}://{authority}{SESSION_PATH}").into_client_request()?;
         let bearer = HeaderValue::from_str(&format!("Bearer {}", token.trim()))?;
         request.headers_mut().insert(AUTHORIZATION, bearer);
         let (socket, _) = tungstenite::client(request, stream).map_err(|error| match error {
             HandshakeError::Failure(error) => Lost::Socket(error),
             HandshakeError::Interrupted(_) => Lost::Silent,
         })?;
-        socket.get_ref().set_read_timeout(Some(CONTROL_TICK))?;
+        socket.get_ref().tcp().set_read_timeout(Some(CONTROL_TICK))?;
         Ok(socket)
     }
 
     /// Time between heartbeats.
-    fn welcome(&mut self, socket: &mut WebSocket<TcpStream>) -> Result<Duration, Lost> {
+    fn welcome(&mut self, socket: &mut WebSocket<Wire>) -> Result<Duration, Lost> {
         let began = Instant::now();
         while began.elapsed() < CONTROL_PATIENCE && !self.stop.load(Ordering::Acquire) {
             match hear(socket)? {
@@ -268,12 +276,12 @@ impl Dialler {
     }
 }
 
-fn say(socket: &mut WebSocket<TcpStream>, message: &FromWorker) -> Result<(), Lost> {
+fn say(socket: &mut WebSocket<Wire>, message: &FromWorker) -> Result<(), Lost> {
     Ok(socket.send(Message::text(serde_json::to_string(message)?))?)
 }
 
 /// What control has said, if anything within a tick.
-fn hear(socket: &mut WebSocket<TcpStream>) -> Result<Option<FromControl>, Lost> {
+fn hear(socket: &mut WebSocket<Wire>) -> Result<Option<FromControl>, Lost> {
     match socket.read() {
         Ok(Message::Text(text)) => Ok(Some(serde_json::from_str(&text)?)),
         Ok(Message::Close(_)) => Err(Lost::Closed),

@@ -23,7 +23,7 @@ pub(super) enum System {
     Whole {
         /// Before control, so that they say farewell to it.
         group: Group,
-        control: Control,
+        control: Box<Control>,
         /// The epoch of each layer's placement, and its slots.
         placed: Vec<(u64, usize)>,
     },
@@ -47,7 +47,7 @@ impl System {
         options.extend(["--slots-per-rank", SLOTS_PER_RANK, "--device", device].map(str::to_owned));
         let group = Group::start(model, &Spec { ranks: RANKS, placement: None, options })?;
         let placed = until("a placement in force", || placed(&control))?;
-        Ok(Self::Whole { group, control, placed })
+        Ok(Self::Whole { group, control: Box::new(control), placed })
     }
 
     pub(super) fn introduce(&self, out: &mut impl Write) -> Result<()> {
