@@ -7,6 +7,7 @@ mod balancedness;
 mod document;
 mod error;
 mod events;
+mod exchange;
 mod gate;
 mod metrics;
 mod placements;
@@ -70,6 +71,8 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(placements::placements))
         .routes(routes!(placements::placement))
         .routes(routes!(placements::epochs))
+        .routes(routes!(exchange::export))
+        .routes(routes!(exchange::import))
         .routes(routes!(windows::windows, windows::close))
         .routes(routes!(balancedness::balancedness))
         .routes(routes!(metrics::metrics))

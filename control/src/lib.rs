@@ -12,6 +12,7 @@ mod access;
 mod api;
 mod balance;
 pub mod config;
+mod exchange;
 mod fleet;
 pub mod limits;
 mod placing;

@@ -4,6 +4,7 @@
 mod access;
 mod calls;
 mod checkpoints;
+mod command;
 mod configuration;
 mod conformance;
 mod control;

@@ -159,3 +159,73 @@ fn a_rank_that_comes_back_without_control_holds_what_its_group_did() {
     control.restart(&[]).unwrap();
     assert_eq!(until_in_force(&control, true)["in_force"]["phy2log"], phy2log);
 }
+
+/// C25: maps that can be give the placement they say and come back from export; others are refused by
+/// layer, device and expert, and nothing of them is taken.
+#[test]
+fn maps_of_other_engines_are_taken_whole_or_not_at_all() {
+    let control = Control::start().unwrap();
+    let start = || {
+        let mut options = control.options();
+        options.extend(["--slots-per-rank".to_owned(), "9".to_owned()]);
+        let spec = Spec { ranks: 4, placement: None, options };
+        Group::start(&data("tiny-kjv-moe/model-nvfp4"), &spec).unwrap()
+    };
+    let group = start();
+    until_in_force(&control, true);
+    let text = |name: &str| fs::read_to_string(data("field/import/ascend").join(name)).unwrap();
+    let import = |text: &str, dry_run: bool| {
+        let body = json!({"format": "vllm-ascend", "text": text, "dry_run": dry_run});
+        control.post("/api/v1/groups/g/import", &body).unwrap()
+    };
+    let asked = || {
+        let (_, placements) = control.get(PLACEMENTS).unwrap();
+        placements
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|layer| layer["asked"].clone())
+            .collect::<Vec<_>>()
+    };
+    let before = asked();
+    for (name, expected) in [
+        ("bad_device_count", "layer 1: the number of devices is 3, expected 4"),
+        ("bad_duplicate_on_device", "layer 0, device 1: expert 19 is there twice"),
+        ("bad_expert_nowhere", "layer 0: expert 31 is on no device"),
+        ("bad_expert_out_of_range", "layer 3, device 2: expert 32 is there, expected 0 to 31"),
+        ("bad_layer_count", "moe_layer_count is 5, expected 4"),
+        ("bad_layer_twice", "layer 2 is there twice"),
+        ("bad_negative", "layer 1, device 0: expert -1 is there, expected 0 to 31"),
+        ("bad_truncated", "not of this form: EOF while parsing"),
+        ("bad_uneven_slots", "layer 2, device 3: it has 8 experts, the others have 9"),
+    ] {
+        let (status, problem) = import(&text(&format!("{name}.json")), false);
+        assert_eq!((status, &problem["code"]), (422, &json!("placement")), "{name}");
+        assert_says(problem["title"].as_str().unwrap(), &[expected]);
+    }
+    let (status, imported) = import(&text("valid_shuffled.json"), true);
+    assert_eq!((status, &imported[3]), (200, &json!({"layer": 3, "epoch": 2, "changed": true})));
+    assert_eq!(asked(), before, "something was taken");
+    // Devices out of order are the same map.
+    assert_eq!(import(&text("valid_shuffled.json"), false).0, 200);
+    let (_, again) = import(&text("valid.json"), false);
+    assert_eq!(again[0], json!({"layer": 0, "epoch": 2, "changed": false}));
+    // In force once the whole group has started again; and out again in every form.
+    drop(group);
+    until_in_force(&control, false);
+    let _group = start();
+    assert_eq!(until_in_force(&control, true)["in_force"]["epoch"], 2);
+    let export =
+        |form: &str| control.text(&format!("/api/v1/groups/g/export?format={form}")).unwrap();
+    let parsed = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+    assert_eq!(parsed(&export("vllm-ascend")), parsed(&text("valid.json")));
+    for form in ["tensorrt-llm", "sglang", "deepseek"] {
+        let body = json!({"format": form, "text": export(form)});
+        let (status, same) = control.post("/api/v1/groups/g/import", &body).unwrap();
+        assert_eq!((status, &same[2]["changed"]), (200, &json!(false)), "{form} {same}");
+    }
+    let (_, log) = control.get("/api/v1/audit").unwrap();
+    let imports = log["items"].as_array().unwrap().iter();
+    let imports: Vec<&Value> = imports.filter(|e| e["action"] == "placements.import").collect();
+    assert_eq!((imports.len(), &imports[4]["before"]["epochs"][0]), (5, &json!([0, 1])));
+}

@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::exchange::ExchangeError;
 use crate::store::StoreError;
 use crate::store::tokens::EndError;
 
@@ -37,6 +38,8 @@ pub(crate) enum ApiError {
     Length { max: usize },
     #[error("{what} {name}: {reason}")]
     Conflict { what: &'static str, name: String, reason: String },
+    #[error("{0}")]
+    Exchange(#[from] ExchangeError),
     #[error("there are no random numbers")]
     Random(#[from] getrandom::Error),
     #[error("not every rank is there: {missing}")]
@@ -92,6 +95,7 @@ impl ApiError {
             Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate"),
             Self::Length { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body"),
             Self::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
+            Self::Exchange(_) => (StatusCode::UNPROCESSABLE_ENTITY, "placement"),
             Self::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, "random"),
             Self::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
             Self::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "database"),

@@ -58,7 +58,7 @@ impl PlacedView {
 pub(super) struct CommittedView {
     #[serde(flatten)]
     placed: PlacedView,
-    /// What it comes from: `default` (experts in order) or `file`.
+    /// What it comes from: `default` (experts in order), `file` or `import`.
     source: String,
     /// When it was committed, in milliseconds since 1970.
     made_ms: u64,
@@ -170,7 +170,7 @@ async fn views(
 }
 
 /// What one of the group's workers says of itself.
-fn register_of(fleet: &Fleet, group: &str) -> Result<Register, ApiError> {
+pub(super) fn register_of(fleet: &Fleet, group: &str) -> Result<Register, ApiError> {
     let worker = fleet.groups.get(group).and_then(|ranks| ranks.values().next());
     let none = || ApiError::NotFound { what: "group", name: group.to_owned() };
     worker.map(|worker| worker.register.clone()).ok_or_else(none)

@@ -34,6 +34,9 @@ pub(super) struct Wanted {
     until_ms: Option<u64>,
     /// Only this layer.
     layer: Option<u32>,
+    /// Newest first, instead of oldest.
+    #[serde(default)]
+    newest_first: bool,
     /// Only this model, by digest; the one that the group serves otherwise.
     model: Option<String>,
     /// Most items, 1 to 500.
@@ -47,10 +50,11 @@ impl Wanted {
         let (after_ms, until_ms) = (self.after_ms.unwrap_or(0), self.until_ms.unwrap_or(u64::MAX));
         let part = Part::between(after_ms, until_ms, checked_limit(self.limit)?);
         let after = match &self.cursor {
+            None if self.newest_first => (u64::MAX, u32::MAX, String::new()),
             None => part.after.clone(),
             Some(cursor) => parse(cursor).ok_or_else(|| ApiError::cursor(cursor))?,
         };
-        Ok(Part { after, layer: self.layer, ..part })
+        Ok(Part { after, newest_first: self.newest_first, layer: self.layer, ..part })
     }
 }
 
@@ -103,7 +107,7 @@ impl From<Load> for WindowView {
     }
 }
 
-/// Windows of a group, by end, layer and phase. Ranks that control has not heard of for a while tell
+/// Windows of a group, in the order of end, layer and phase. Ranks that control has not heard of for a while tell
 /// theirs late: what has ended may still grow.
 #[utoipa::path(get, path = "/api/v1/groups/{group}/windows",
     params(("group" = String, Path), Wanted),

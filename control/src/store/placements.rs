@@ -3,14 +3,17 @@
 use protocol::message::ServedLayer;
 use protocol::placement::Placement;
 use protocol::session::{LayerPlacement, Register};
+use serde_json::json;
 use sqlx::{FromRow, SqliteConnection};
 
+use super::audit::{self, Entry};
 use super::{Store, StoreError, signed};
 use crate::placing::{Misfit, PlacementFile, fits, in_order, rooms};
 
 /// What a placement comes from.
 const DEFAULT: &str = "default";
 const FILE: &str = "file";
+const IMPORT: &str = "import";
 
 /// A placement of a layer, and where it comes from.
 #[derive(Debug, Clone)]
@@ -28,6 +31,15 @@ impl From<Committed> for LayerPlacement {
         let Committed { layer, epoch, placement, .. } = committed;
         Self { layer, epoch, placement }
     }
+}
+
+/// A layer after an import.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Imported {
+    pub(crate) layer: u32,
+    pub(crate) epoch: u64,
+    /// Whether the placement is another than the newest before.
+    pub(crate) changed: bool,
 }
 
 /// Why there is nothing to hold.
@@ -106,6 +118,41 @@ impl Store {
         }
         transaction.commit().await.map_err(StoreError::from)?;
         Ok(placed)
+    }
+
+    /// Commits placements of every layer, in the order of the model's layers; those that are the newest
+    /// already keep their epoch. With `dry_run` it only says what would be.
+    pub(crate) async fn import(
+        &self,
+        of: &Register,
+        placements: Vec<Placement>,
+        dry_run: bool,
+        entry: Entry<'_>,
+    ) -> Result<Vec<Imported>, StoreError> {
+        let mut transaction = self.pool.begin_with("BEGIN IMMEDIATE").await?;
+        let newest = newest(&mut transaction, &of.group, &of.model.digest).await?;
+        let (mut imported, mut before) = (Vec::new(), Vec::new());
+        for (layer, placement) in of.model.layers.iter().zip(placements) {
+            let layer = layer.number;
+            let known = newest.iter().find(|committed| committed.layer == layer);
+            let epoch = known.map_or(0, |committed| committed.epoch);
+            let changed = known.is_none_or(|committed| committed.placement != placement);
+            let epoch = epoch + u64::from(changed);
+            if changed {
+                let placed = LayerPlacement { layer, epoch, placement };
+                commit(&mut transaction, of, &placed, ((IMPORT, None), entry.at_ms)).await?;
+                before.push(known.map(|committed| (layer, committed.epoch)));
+            }
+            imported.push(Imported { layer, epoch, changed });
+        }
+        if !dry_run {
+            let of_changed = imported.iter().filter(|layer| layer.changed);
+            let after: Vec<_> = of_changed.map(|layer| (layer.layer, layer.epoch)).collect();
+            let [before, after] = [json!({ "epochs": before }), json!({ "epochs": after })];
+            audit::write(&mut transaction, entry.of(&of.group).changed(&before, &after)).await?;
+            self.commit(transaction).await?;
+        }
+        Ok(imported)
     }
 
     /// The newest placement of every layer.

@@ -154,10 +154,13 @@ pub(crate) struct Of<'a> {
 /// Which part of a list of loads, which are in the order of end, layer and phase.
 #[derive(Debug, Clone)]
 pub(crate) struct Part {
-    /// Only what comes after this.
+    /// Only what comes after this; with `newest_first`, before it.
     pub(crate) after: (u64, u32, String),
+    /// Only what ended later.
+    pub(crate) since_ms: u64,
     /// Only what does not end later.
     pub(crate) until_ms: u64,
+    pub(crate) newest_first: bool,
     pub(crate) layer: Option<u32>,
     pub(crate) limit: usize,
 }
@@ -165,8 +168,8 @@ pub(crate) struct Part {
 impl Part {
     /// All that ended in (`after_ms`, `until_ms`], `limit` at a time.
     pub(crate) fn between(after_ms: u64, until_ms: u64, limit: usize) -> Self {
-        // Beyond every layer: nothing that ended then.
-        Self { after: (after_ms, u32::MAX, String::new()), until_ms, layer: None, limit }
+        let (after, layer) = ((0, 0, String::new()), None);
+        Self { after, since_ms: after_ms, until_ms, newest_first: false, layer, limit }
     }
 }
 
@@ -207,15 +210,26 @@ impl Store {
     /// A part of the loads.
     pub(crate) async fn loads(&self, of: Of<'_>, part: &Part) -> Result<Vec<Load>, StoreError> {
         let (end_ms, layer, phase) = &part.after;
-        let text = concat!(
-            "SELECT ",
-            columns!(),
-            " FROM windows
-             WHERE group_name = ?1 AND model = ?2 AND span = ?3 AND end_ms >= ?4
-                 AND (end_ms, layer, phase) > (?4, ?5, ?6) AND end_ms <= ?7
-                 AND (?8 IS NULL OR layer = ?8)
-             ORDER BY end_ms, layer, phase LIMIT ?9"
-        );
+        let text = match part.newest_first {
+            false => concat!(
+                "SELECT ",
+                columns!(),
+                " FROM windows
+                 WHERE group_name = ?1 AND model = ?2 AND span = ?3
+                     AND end_ms >= ?4 AND (end_ms, layer, phase) > (?4, ?5, ?6)
+                     AND end_ms > ?7 AND end_ms <= ?8 AND (?9 IS NULL OR layer = ?9)
+                 ORDER BY end_ms, layer, phase LIMIT ?10"
+            ),
+            true => concat!(
+                "SELECT ",
+                columns!(),
+                " FROM windows
+                 WHERE group_name = ?1 AND model = ?2 AND span = ?3
+                     AND end_ms <= ?4 AND (end_ms, layer, phase) < (?4, ?5, ?6)
+                     AND end_ms > ?7 AND end_ms <= ?8 AND (?9 IS NULL OR layer = ?9)
+                 ORDER BY end_ms DESC, layer DESC, phase DESC LIMIT ?10"
+            ),
+        };
         let largest = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         let rows: Vec<Row> = sqlx::query_as(text)
             .bind(of.group)
@@ -224,6 +238,7 @@ impl Store {
             .bind(largest(*end_ms))
             .bind(layer)
             .bind(phase)
+            .bind(largest(part.since_ms))
             .bind(largest(part.until_ms))
             .bind(part.layer)
             .bind(largest(part.limit as u64))
@@ -378,8 +393,14 @@ mod tests {
     use super::*;
     use crate::fleet::tests::register;
 
-    const ALL: Part =
-        Part { after: (0, 0, String::new()), until_ms: u64::MAX, layer: None, limit: 9 };
+    const ALL: Part = Part {
+        after: (0, 0, String::new()),
+        since_ms: 0,
+        until_ms: u64::MAX,
+        newest_first: false,
+        layer: None,
+        limit: 9,
+    };
 
     fn window(number: u64, expert_tokens: [u64; 2], latency_us: u64) -> Window {
         let layer = |phase| LayerWindow {
@@ -443,6 +464,11 @@ mod tests {
         let after = (100, 3, "decode".to_owned());
         let part = Part { after, limit: 2, ..ALL };
         assert_eq!(facts(&store, Span::Window, &part).await, expected[1..3]);
+        let after = (200, 3, "decode".to_owned());
+        let part = Part { after, newest_first: true, limit: 1, ..ALL };
+        assert_eq!(facts(&store, Span::Window, &part).await, expected[1..2]);
+        let part = Part { since_ms: 100, ..ALL };
+        assert_eq!(facts(&store, Span::Window, &part).await, expected[2..]);
         let part = Part { until_ms: 199, layer: Some(3), ..ALL };
         assert_eq!(facts(&store, Span::Window, &part).await, expected[..2]);
         assert!(facts(&store, Span::Window, &Part { layer: Some(4), ..ALL }).await.is_empty());

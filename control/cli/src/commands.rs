@@ -1,0 +1,295 @@
+//! What the commands ask, and how they show it.
+
+use std::fs;
+use std::io::Write;
+
+use serde_json::{Value, json};
+
+use crate::client::{Client, Failed, path};
+use crate::table::{self, Column};
+use crate::{Command, Group, Token};
+
+/// Asks, and prints the answer: as control gave it for programs, as a table for people.
+struct Shown<'a, W> {
+    client: &'a Client,
+    json: bool,
+    out: &'a mut W,
+}
+
+pub(crate) fn run(
+    client: &Client,
+    command: Command,
+    json: bool,
+    out: &mut impl Write,
+) -> Result<(), Failed> {
+    let mut shown = Shown { client, json, out };
+    match command {
+        Command::Status => shown.status(),
+        Command::Workers => {
+            let all = shown.pages(&path(&["workers"]), usize::MAX)?;
+            shown.list(&all, WORKERS, "no worker has registered yet")
+        }
+        Command::Layers(group) => {
+            let group = shown.group(group)?;
+            let layers = shown.client.get(&path(&["groups", &group, "layers"]))?;
+            shown.list(&layers, LAYERS, "no layers")
+        }
+        Command::Windows { group, layer, hours, limit, close } => {
+            let group = shown.group(group)?;
+            let windows = path(&["groups", &group, "windows"]);
+            if let Some(reason) = close {
+                shown.client.post(&windows, &json!({ "reason": reason }))?;
+            }
+            let span = if hours { "hour" } else { "window" };
+            let layer = layer.map_or_else(String::new, |layer| format!("&layer={layer}"));
+            let newest = format!("{windows}?newest_first=true&span={span}{layer}");
+            let found = shown.pages(&newest, limit.into())?;
+            shown.list(&found, WINDOWS, "no window has been told yet")
+        }
+        Command::Balance(group) => {
+            let group = shown.group(group)?;
+            let balance = shown.client.get(&path(&["groups", &group, "balancedness"]))?;
+            shown.balance(&balance)
+        }
+        Command::Placement { group, layer } => {
+            let group = shown.group(group)?;
+            shown.placement(&group, layer)
+        }
+        Command::Import { file, group, format, dry_run, reason } => {
+            let text = match fs::read_to_string(&file) {
+                Ok(text) => text,
+                Err(source) => return Err(Failed::Read { path: file, source }),
+            };
+            let group = shown.group(group)?;
+            let body = json!({
+                "format": format.name(), "text": text, "dry_run": dry_run, "reason": reason,
+            });
+            let layers = shown.client.post(&path(&["groups", &group, "import"]), &body)?;
+            shown.list(&layers, IMPORTED, "no layers")
+        }
+        Command::Export { group, format, out } => {
+            let group = shown.group(group)?;
+            let export = path(&["groups", &group, "export"]);
+            let text = shown.client.text(&format!("{export}?format={}", format.name()))?;
+            match out {
+                None => Ok(shown.out.write_all(text.as_bytes())?),
+                Some(path) => {
+                    fs::write(&path, text).map_err(|source| Failed::Write { path, source })
+                }
+            }
+        }
+        Command::Token(token) => shown.token(token),
+        Command::Audit { limit } => {
+            let entries = shown.pages(&path(&["audit"]), limit.into())?;
+            shown.list(&entries, AUDIT, "nothing has been changed yet")
+        }
+        // Needs no control.
+        Command::Completions { .. } => Ok(()),
+    }
+}
+
+const WORKERS: &[Column] = &[
+    ("GROUP", "/group"),
+    ("RANK", "/rank"),
+    ("STATE", "/state"),
+    ("HOST", "/host"),
+    ("DEVICE", "/device"),
+    ("SLOTS", "/slots_per_rank"),
+    ("ENGINE", "/engine"),
+    ("CALLS", "/calls"),
+    ("REFUSED", "/refused"),
+    ("LAST SEEN", "/last_seen_ms"),
+];
+const LAYERS: &[Column] = &[
+    ("LAYER", "/number"),
+    ("SERVED", "/served"),
+    ("EXPERTS", "/shape/experts"),
+    ("TOP-K", "/shape/top_k"),
+    ("HIDDEN", "/shape/hidden"),
+    ("INTERMEDIATE", "/shape/intermediate"),
+    ("REASON", "/reason"),
+];
+const WINDOWS: &[Column] = &[
+    ("END", "/end_ms"),
+    ("LAYER", "/layer"),
+    ("PHASE", "/phase"),
+    ("RANKS", "/ranks"),
+    ("CALLS", "/calls"),
+    ("TOKENS", "/tokens"),
+    ("P50 US", "/latency_us_p50"),
+    ("P99 US", "/latency_us_p99"),
+];
+const BALANCE: &[Column] = &[
+    ("LAYER", "/layer"),
+    ("EPOCH", "/epoch"),
+    ("PAIRS", "/assignments"),
+    ("MAX/MEAN", "/max_over_mean"),
+    ("BALANCEDNESS", "/balancedness"),
+];
+const PLACEMENTS: &[Column] = &[
+    ("LAYER", "/layer"),
+    ("EXPERTS", "/experts"),
+    ("SLOTS A RANK", "/in_force/slots_per_rank"),
+    ("IN FORCE", "/in_force/epoch"),
+    ("ASKED", "/asked/epoch"),
+    ("SOURCE", "/asked/source"),
+    ("WAITING RANKS", "/waiting"),
+];
+const EPOCHS: &[Column] = &[
+    ("EPOCH", "/epoch"),
+    ("SOURCE", "/source"),
+    ("MADE", "/made_ms"),
+    ("SLOTS A RANK", "/slots_per_rank"),
+    ("EXPERT OF EACH SLOT", "/phy2log"),
+];
+const IMPORTED: &[Column] = &[("LAYER", "/layer"), ("EPOCH", "/epoch"), ("CHANGED", "/changed")];
+const TOKENS: &[Column] = &[
+    ("ID", "/id"),
+    ("NAME", "/name"),
+    ("ROLE", "/role"),
+    ("MADE", "/created_ms"),
+    ("EXPIRES", "/expires_ms"),
+    ("REVOKED", "/revoked_ms"),
+];
+const AUDIT: &[Column] = &[
+    ("WHEN", "/at_ms"),
+    ("WHO", "/actor"),
+    ("ROLE", "/role"),
+    ("ACTION", "/action"),
+    ("TARGET", "/target"),
+    ("BEFORE", "/before"),
+    ("AFTER", "/after"),
+    ("REASON", "/reason"),
+];
+const STATUS: &[Column] = &[
+    ("GROUP", "/name"),
+    ("MODEL", "/model"),
+    ("RANKS", "/ranks"),
+    ("MISSING", "/missing"),
+    ("LAYERS", "/layers"),
+    ("WORST MAX/MEAN", "/worst/max_over_mean"),
+    ("OF LAYER", "/worst/layer"),
+    ("PROBLEM", "/problem"),
+];
+
+impl<W: Write> Shown<'_, W> {
+    /// The group that is meant.
+    fn group(&self, given: Group) -> Result<String, Failed> {
+        if let Some(group) = given.group {
+            return Ok(group);
+        }
+        let groups = self.client.get(&path(&["groups"]))?;
+        let names = groups.as_array().into_iter().flatten().filter_map(|g| g["name"].as_str());
+        let names: Vec<&str> = names.collect();
+        match names[..] {
+            [one] => Ok(one.to_owned()),
+            _ => {
+                let expected = format!("--group with one of {names:?}");
+                Err(Failed::Missing { what: "the group", expected })
+            }
+        }
+    }
+
+    /// Items of a list, page by page.
+    fn pages(&self, path: &str, limit: usize) -> Result<Value, Failed> {
+        let (mut items, mut cursor) = (Vec::new(), String::new());
+        let joint = if path.contains('?') { '&' } else { '?' };
+        loop {
+            let count = limit.saturating_sub(items.len()).clamp(1, 500);
+            let page = self.client.get(&format!("{path}{joint}limit={count}{cursor}"))?;
+            items.extend(page["items"].as_array().into_iter().flatten().cloned());
+            match page["next"].as_str() {
+                Some(next) if items.len() < limit => cursor = format!("&cursor={next}"),
+                _ => return Ok(Value::Array(items)),
+            }
+        }
+    }
+
+    fn list(&mut self, answer: &Value, columns: &[Column], none: &str) -> Result<(), Failed> {
+        if self.json {
+            return Ok(writeln!(self.out, "{answer:#}")?);
+        }
+        let items = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(table::print(self.out, items, columns, none)?)
+    }
+
+    fn status(&mut self) -> Result<(), Failed> {
+        let mut groups = self.client.get(&path(&["groups"]))?;
+        for group in groups.as_array_mut().into_iter().flatten() {
+            let name = group["name"].as_str().unwrap_or_default().to_owned();
+            let balance = self.client.get(&path(&["groups", &name, "balancedness"]))?;
+            let mut layers = balance["layers"].as_array().into_iter().flatten();
+            let worst = layers.find(|layer| layer["layer"] == balance["worst_layer"]);
+            group["worst"] = worst.cloned().unwrap_or_default();
+        }
+        self.list(&groups, STATUS, "no worker has registered yet")
+    }
+
+    fn balance(&mut self, balance: &Value) -> Result<(), Failed> {
+        if self.json {
+            return Ok(writeln!(self.out, "{balance:#}")?);
+        }
+        self.list(&balance["layers"], BALANCE, "no layers")?;
+        let over_layers = [("MIN", "/min"), ("P50", "/p50"), ("P90", "/p90"), ("AVG", "/avg")];
+        let summary = &balance["balancedness"];
+        let summary: &[Value] = if summary.is_null() { &[] } else { std::slice::from_ref(summary) };
+        Ok(table::print(
+            self.out,
+            summary,
+            &over_layers,
+            "no layer had traffic under a placement in force",
+        )?)
+    }
+
+    fn placement(&mut self, group: &str, layer: Option<u32>) -> Result<(), Failed> {
+        let all = path(&["groups", group, "placements"]);
+        match layer {
+            None => {
+                let placements = self.client.get(&all)?;
+                self.list(&placements, PLACEMENTS, "no layers")
+            }
+            Some(layer) => {
+                let epochs = self.pages(&format!("{all}/{layer}/epochs"), usize::MAX)?;
+                self.list(
+                    &epochs,
+                    EPOCHS,
+                    "nothing is committed: workers hold what they are configured to",
+                )
+            }
+        }
+    }
+
+    fn token(&mut self, token: Token) -> Result<(), Failed> {
+        let made = match token {
+            Token::List => {
+                let all = self.pages(&path(&["tokens"]), usize::MAX)?;
+                return self.list(&all, TOKENS, "no tokens");
+            }
+            Token::Whoami => {
+                let own = Value::Array(vec![self.client.get(&path(&["tokens", "self"]))?]);
+                return self.list(&own, &[("NAME", "/name"), ("ROLE", "/role")], "nobody");
+            }
+            Token::Revoke { id, reason } => {
+                let revoke = path(&["tokens", &id.to_string(), "revoke"]);
+                let revoked = self.client.post(&revoke, &json!({ "reason": reason }))?;
+                return self.list(&Value::Array(vec![revoked]), TOKENS, "nothing");
+            }
+            Token::Make { name, role, expires_after_s, reason } => {
+                let body = json!({
+                    "name": name, "role": role, "expires_after_s": expires_after_s,
+                    "reason": reason,
+                });
+                self.client.post(&path(&["tokens"]), &body)?
+            }
+            Token::Rotate { id, keep_s, reason } => {
+                let body = json!({ "keep_s": keep_s, "reason": reason });
+                self.client.post(&path(&["tokens", &id.to_string(), "rotate"]), &body)?
+            }
+        };
+        if self.json {
+            return Ok(writeln!(self.out, "{made:#}")?);
+        }
+        // Alone on its line, for scripts and for people.
+        Ok(writeln!(self.out, "{}", made["secret"].as_str().unwrap_or_default())?)
+    }
+}

@@ -1,0 +1,245 @@
+//! `moeplane`: the operator's command. A client of control's public API and nothing else.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stderr, reason = "the command talks to a person")]
+
+mod client;
+mod commands;
+mod table;
+
+use std::error::Error;
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::client::{Client, Failed};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+   0  done
+   1  control could not be reached, failed, or is too busy: trying again may help
+   2  control refused: the request must change
+   3  the token is missing, unknown, or of too low a role
+  64  the command line is wrong";
+
+#[derive(Parser)]
+#[command(name = "moeplane", version, about = "Operates moeplane by asking its control plane")]
+#[command(after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(flatten)]
+    access: Access,
+    /// Prints control's answer as JSON, for programs.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Access {
+    /// Address of control.
+    #[arg(long, global = true, env = "MOEPLANE_URL", default_value = "http://127.0.0.1:7410")]
+    url: String,
+    /// The token; better in the environment or a file than on the command line.
+    #[arg(long, global = true, env = "MOEPLANE_TOKEN", hide_env_values = true, hide = true)]
+    token: Option<String>,
+    /// File with the token.
+    #[arg(long, global = true, env = "MOEPLANE_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+    /// File with the certificates of those who vouch for control, PEM; the system's without.
+    #[arg(long, global = true, env = "MOEPLANE_CA")]
+    ca: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Groups: ranks that are missing, and how evenly they are loaded.
+    Status,
+    /// Workers: state, device, engine, calls.
+    Workers,
+    /// Layers of a group: those that are served, and why the others are not.
+    Layers(Group),
+    /// Windows of load of a group, newest first.
+    Windows {
+        #[command(flatten)]
+        group: Group,
+        /// Only this layer.
+        #[arg(long)]
+        layer: Option<u32>,
+        /// Sums by the hour.
+        #[arg(long)]
+        hours: bool,
+        /// Most rows.
+        #[arg(long, default_value_t = 40)]
+        limit: u16,
+        /// First closes the open window of every rank, for this reason.
+        #[arg(long, value_name = "REASON")]
+        close: Option<String>,
+    },
+    /// How evenly the newest window of a group falls on its ranks, by layer.
+    Balance(Group),
+    /// Placements of a group: what is in force, what is asked for, which ranks wait.
+    Placement {
+        #[command(flatten)]
+        group: Group,
+        /// The expert of every slot of this layer, and its history.
+        #[arg(long)]
+        layer: Option<u32>,
+    },
+    /// Takes placements of another engine over; ranks hold them when all of the group start again.
+    Import {
+        /// The file.
+        file: PathBuf,
+        #[command(flatten)]
+        group: Group,
+        /// Its form.
+        #[arg(long)]
+        format: Format,
+        /// Only checks it, and says what would change.
+        #[arg(long)]
+        dry_run: bool,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
+    /// Prints what is in force in the form of another engine.
+    Export {
+        #[command(flatten)]
+        group: Group,
+        /// The form.
+        #[arg(long)]
+        format: Format,
+        /// Writes to this file instead.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Tokens: who may do what.
+    #[command(subcommand)]
+    Token(Token),
+    /// Who changed what, when and why; newest first.
+    Audit {
+        /// Most rows.
+        #[arg(long, default_value_t = 40)]
+        limit: u16,
+    },
+    /// Prints completions, for example: moeplane completions bash > moeplane.bash
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Args)]
+struct Group {
+    /// The group; not needed where there is one.
+    #[arg(long, short)]
+    group: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    VllmAscend,
+    TensorrtLlm,
+    Sglang,
+    Deepseek,
+}
+
+impl Format {
+    fn name(self) -> &'static str {
+        match self {
+            Self::VllmAscend => "vllm-ascend",
+            Self::TensorrtLlm => "tensorrt-llm",
+            Self::Sglang => "sglang",
+            Self::Deepseek => "deepseek",
+        }
+    }
+}
+
+#[derive(Subcommand)]
+enum Token {
+    /// All of them, also those that have ended.
+    List,
+    /// Who asks.
+    Whoami,
+    /// Makes one; its secret is printed once.
+    Make {
+        /// Who it is for.
+        name: String,
+        /// viewer, operator, admin or worker.
+        #[arg(long)]
+        role: String,
+        /// Seconds after which it ends; never without.
+        #[arg(long)]
+        expires_after_s: Option<u64>,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
+    /// Makes one in place of another.
+    Rotate {
+        /// Number of the other.
+        id: u64,
+        /// Seconds for which the other still works.
+        #[arg(long, default_value_t = 0)]
+        keep_s: u64,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
+    /// Ends one now.
+    Revoke {
+        /// Its number.
+        id: u64,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let asked = !error.use_stderr();
+            // Nobody is left to tell when even this cannot be printed.
+            return match error.print() {
+                Ok(()) if asked => ExitCode::SUCCESS,
+                _ => ExitCode::from(settings::BAD_CONFIG),
+            };
+        }
+    };
+    let mut out = io::stdout().lock();
+    match run(arguments, &mut out).and_then(|()| Ok(out.flush()?)) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads has seen enough, as `head` has.
+        Err(Failed::Print(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let causes = std::iter::successors(error.source(), |&cause| cause.source());
+            let causes: String = causes.map(|cause| format!(": {cause}")).collect();
+            eprintln!("error: {error}{causes}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(arguments: Arguments, out: &mut impl Write) -> Result<(), Failed> {
+    let Arguments { access, json, command } = arguments;
+    if let Command::Completions { shell } = command {
+        clap_complete::generate(shell, &mut Arguments::command(), "moeplane", out);
+        return Ok(());
+    }
+    let Access { url, token, token_file, ca } = access;
+    let token = match (token, token_file) {
+        (Some(token), _) => token,
+        (None, Some(path)) => match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(source) => return Err(Failed::Read { path, source }),
+        },
+        (None, None) => return Err(Failed::NoToken),
+    };
+    let client = Client::new(&url, token.trim().to_owned(), ca.as_deref())?;
+    commands::run(&client, command, json, out)
+}
