@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
@@ -137,6 +137,17 @@ impl Control {
         &self.address
     }
 
+    /// The process number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The admin, asking over connections that stay open.
+    pub fn client(&self) -> Result<Client<'_>> {
+        Ok(Client { control: self, agent: self.agent()? })
+    }
+
     /// The admin's token.
     #[must_use]
     pub fn token(&self) -> &str {
@@ -235,6 +246,27 @@ impl Control {
     /// Waits for the process to end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         until("the end of control", || Ok(self.child.try_wait()?))
+    }
+}
+
+/// One who asks again and again.
+#[derive(Debug)]
+pub struct Client<'a> {
+    control: &'a Control,
+    agent: ureq::Agent,
+}
+
+impl Client<'_> {
+    /// How long the whole answer to a GET takes, which must be good.
+    pub fn time(&self, path: &str) -> Result<Duration> {
+        let request = self.agent.get(self.control.url(path));
+        let request = request.header("authorization", format!("Bearer {}", self.control.token));
+        let began = Instant::now();
+        let mut response = request.call()?;
+        let text = response.body_mut().with_config().limit(u64::MAX).read_to_string()?;
+        let took = began.elapsed();
+        ensure!(response.status() == 200, "{path}: {} {text}", response.status());
+        Ok(took)
     }
 }
 

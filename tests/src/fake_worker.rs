@@ -1,6 +1,7 @@
 //! A worker that only speaks with control: the real session, and whatever load a test makes up.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -115,6 +116,24 @@ impl FakeWorker {
     /// Says something.
     pub fn say(&mut self, message: &FromWorker) -> Result<()> {
         Ok(self.socket.send(Message::text(serde_json::to_string(message)?))?)
+    }
+
+    /// What control says next, if it does within so long.
+    pub fn hear_within(&mut self, time: Duration) -> Result<Option<FromControl>> {
+        // Zero would be for ever.
+        self.socket.get_ref().set_read_timeout(Some(time.max(Duration::from_micros(100))))?;
+        let heard = self.socket.read();
+        self.socket.get_ref().set_read_timeout(Some(DEADLINE))?;
+        match heard {
+            Ok(Message::Text(text)) => Ok(Some(serde_json::from_str(&text)?)),
+            Ok(_) => Ok(None),
+            Err(tungstenite::Error::Io(error))
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What control says next.

@@ -4,6 +4,7 @@
 mod check_cases;
 mod conformance;
 mod demo;
+mod fleet;
 mod gpu_bench;
 mod gpu_check;
 mod group_calls;
@@ -33,6 +34,8 @@ enum Command {
     /// Serves the small trained checkpoint with control and four workers, replays real activations and
     /// verifies every answer.
     Demo(demo::Options),
+    /// Control under a fleet of workers that only speak with it.
+    Fleet(fleet::Options),
     /// Times the CUDA device on layers of public models.
     GpuBench(gpu_bench::Options),
     /// The CUDA device beside the CPU device and expected outputs, on a machine with a Hopper GPU.
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::CheckCases(options) => check_cases::run(&options),
         Command::Conformance(options) => conformance::run(&options),
         Command::Demo(options) => demo::run(&options).map(|()| true),
+        Command::Fleet(options) => fleet::run(&options).map(|()| true),
         Command::GpuBench(options) => gpu_bench::run(&options).map(|()| true),
         Command::GpuCheck(options) => gpu_check::run(&options),
         Command::GroupCalls(options) => group_calls::run(&options).map(|()| true),

@@ -46,18 +46,19 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
     Ok(target()?.join("debug").join(name))
 }
 
-/// Builds the worker and what calls it with all optimisation, for what is measured or carried away.
-pub(crate) fn release_programs() -> Result<()> {
+/// Builds the programs of a package and what calls them with all optimisation, for what is measured or
+/// carried away.
+pub(crate) fn release_programs(package: &str) -> Result<()> {
     let mut build = cargo(&["build", "--quiet", "--release", "--locked"]);
-    let status = build.args(["--package", "worker", "--package", "tests"]).status()?;
+    let status = build.args(["--package", package, "--package", "tests"]).status()?;
     ensure!(status.success(), "the programs could not be built");
     Ok(())
 }
 
-/// The same, and the path of one.
-pub(crate) fn release_program(name: &str) -> Result<PathBuf> {
-    release_programs()?;
-    Ok(target()?.join("release").join(name))
+/// The same, and the path of what calls them.
+pub(crate) fn release_caller(package: &str) -> Result<PathBuf> {
+    release_programs(package)?;
+    Ok(target()?.join("release/moeplane-cases"))
 }
 
 /// The target folder that cargo uses here.
@@ -76,7 +77,7 @@ pub(crate) fn delete_programs() -> Result<()> {
     for entry in entries {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("moeplane-") && path.is_file() {
+        if (name == "moeplane" || name.starts_with("moeplane-")) && path.is_file() {
             fs::remove_file(&path).with_context(|| path.display().to_string())?;
         }
     }

@@ -45,7 +45,7 @@ exit $failed
 "#;
 
 pub(crate) fn run() -> Result<bool> {
-    release_programs()?;
+    release_programs("worker")?;
     let target = target()?;
     let folder = target.join("gpu-check");
     if folder.exists() {

@@ -58,6 +58,10 @@ enum Command {
     /// `--gib 10 --ranks 1,4`.
     #[command(disable_help_flag = true)]
     Memory(Rest),
+    /// Control under a fleet of 72 ranks that only speak with it, built in release: its time, its memory,
+    /// and how soon it answers: `--seconds 60 --ranks 72 --layers 61`.
+    #[command(disable_help_flag = true)]
+    Fleet(Rest),
     /// How far each layer of the small trained model is from its unquantised original.
     LayerReport,
 }
@@ -105,10 +109,13 @@ fn run(command: Command) -> Result<bool> {
             arguments.insert(0, build::root().join("tests/data/cases.json").into_os_string());
             cases("conformance", arguments)
         }
+        Command::Fleet(Rest { arguments }) => {
+            run_program(&build::release_caller("control")?, "fleet", arguments)
+        }
         Command::GpuCheck => gpu_check::run(),
         Command::Latency(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
-            run_program(&build::release_program("moeplane-cases")?, "latency", arguments)
+            run_program(&build::release_caller("worker")?, "latency", arguments)
         }
         Command::Memory(Rest { arguments }) => cases("memory", arguments),
         Command::LayerReport => {
