@@ -277,7 +277,12 @@ async fn open_session(
         expected: "a WebSocket".to_owned(),
     })?;
     let upgrade = upgrade.max_message_size(MESSAGE_BYTES_MAX);
-    Ok(upgrade.on_upgrade(|socket| session::run(state, socket, hash)))
+    let place = Arc::clone(&state.sessions).try_acquire_owned();
+    let place = place.map_err(|_all_taken| ApiError::TooMany { wait_ms: 1_000 })?;
+    Ok(upgrade.on_upgrade(async move |socket| {
+        session::run(state, socket, hash).await;
+        drop(place);
+    }))
 }
 
 #[cfg(test)]

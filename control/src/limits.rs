@@ -37,6 +37,12 @@ pub const STALE_MS: u64 = 60_000;
 /// a request takes half a second.
 pub const BALANCE_ROWS_MAX: usize = 50_000;
 
+/// Workers' sessions that may be open at once.
+pub const SESSIONS_MAX: u32 = 4_096;
+
+/// How long control waits at its end for sessions to write what they know.
+pub const FAREWELL_SECONDS: u64 = 5;
+
 /// Commands that may wait for a session.
 pub const COMMANDS_MAX: usize = 64;
 

@@ -17,7 +17,9 @@ use crate::access::{Role, new_secret, sha256};
 use crate::api;
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::limits::{ANSWER_HOURS, FORGET_SECONDS, SETTLED_TICK_MS};
+use crate::limits::{
+    ANSWER_HOURS, FAREWELL_SECONDS, FORGET_SECONDS, SESSIONS_MAX, SETTLED_TICK_MS,
+};
 use crate::placing::{FileError, PlacementFile};
 use crate::state::{State, now_ms};
 use crate::store::audit::Entry;
@@ -157,7 +159,7 @@ impl Server {
         let settling = tokio::spawn(tell_settled(Arc::clone(&state)));
         let ended = async move {
             end.await;
-            // Sessions end by themselves then, which the server waits for.
+            // Sessions and streams end by themselves then.
             stop.send_replace(true);
         };
         let router = api::router(Arc::clone(&state)).map_err(ServeError::Document)?;
@@ -170,6 +172,12 @@ impl Server {
                 axum::serve(listener, service).with_graceful_shutdown(ended).await
             }
         };
+        // The server does not wait for connections that have become sessions.
+        let farewell = Duration::from_secs(FAREWELL_SECONDS);
+        if tokio::time::timeout(farewell, state.sessions.acquire_many(SESSIONS_MAX)).await.is_err()
+        {
+            tracing::warn!("sessions are still open");
+        }
         forgetting.abort();
         settling.abort();
         state.store.close().await;

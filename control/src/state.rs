@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::access::rate::Rates;
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX, SETTLED_MS, WATCHERS_MAX};
+use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX, SESSIONS_MAX, SETTLED_MS, WATCHERS_MAX};
 use crate::placing::PlacementFile;
 use crate::store::Store;
 
@@ -27,6 +27,8 @@ pub(crate) struct State {
     rates: Mutex<Rates>,
     /// Idempotency keys, by token, whose requests run.
     running: Mutex<BTreeSet<(u64, String)>>,
+    /// Places of workers' sessions: all are free again when no session is left.
+    pub(crate) sessions: Arc<Semaphore>,
     /// Places of those who watch events.
     pub(crate) watchers: Arc<Semaphore>,
 }
@@ -41,8 +43,9 @@ impl State {
         let per_second = config.requests_per_second;
         let rates = Mutex::new(Rates::new(per_second, per_second.saturating_mul(BURST_SECONDS)));
         let (fleet, running) = (Mutex::new(fleet), Mutex::default());
+        let sessions = Arc::new(Semaphore::new(SESSIONS_MAX as usize));
         let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
-        Self { config, files, store, stop, fleet, rates, running, watchers }
+        Self { config, files, store, stop, fleet, rates, running, sessions, watchers }
     }
 
     /// Who is there. Never held over a wait.
