@@ -1,7 +1,7 @@
 //! The control plane with real workers: what it sees, what it remembers, and that nobody waits for it.
 
 use std::fs;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use protocol::message::Phase;
 use protocol::session::{FromControl, Register, SESSION_VERSION, Window};
@@ -439,4 +439,39 @@ fn refused_calls_are_counted_by_code() {
     let line = "moeplane_refusals_total{group=\"g\",rank=\"0\",code=\"expert_id\"} 1";
     assert!(metrics.lines().any(|got| got == line), "{metrics}");
     assert!(metrics.contains("moeplane_calls_total{group=\"g\",rank=\"1\"} 1"), "{metrics}");
+}
+
+/// Windows are counted once each, whenever control is killed: also between storing one and saying so.
+#[test]
+fn no_window_is_lost_or_counted_twice_when_control_is_killed() {
+    let mut control = Control::start().unwrap();
+    let group = group(&control, 2);
+    until_connected(&control, 2);
+    let case = Case::open(&skewed()).unwrap();
+    let mut engines = group.engines(BF16, 300).unwrap();
+    let mut random = Random::new(9);
+    let mut calls = 0;
+    let mut call = |count: usize, calls: &mut u64| {
+        for _ in 0..count {
+            call_all(&mut engines, 0, &case.inputs, &uneven(300, 2)).unwrap();
+            *calls += 1;
+        }
+    };
+    for _ in 0..6 {
+        // Windows end every 300 ms: the kill comes at any moment of one.
+        for _ in 0..random.below(5) + 1 {
+            call(2, &mut calls);
+            std::thread::sleep(Duration::from_millis(random.below(120) as u64));
+        }
+        control.signal(Signal::KILL).unwrap();
+        control.wait().unwrap();
+        call(1, &mut calls);
+        control.restart(&[]).unwrap();
+        until_connected(&control, 2);
+    }
+    close(&control, 2);
+    let (tokens, counts) = load_of(&case.inputs.ids, 4, 16);
+    let (counted, told) = until_counted(&control, "g", 2 * calls);
+    assert_eq!(counted, tokens * calls);
+    assert_eq!(told, counts.iter().map(|count| count * calls).collect::<Vec<_>>());
 }
