@@ -19,7 +19,7 @@ use cudarc::nvrtc::result::NvrtcError;
 use rayon::prelude::*;
 
 pub use self::bench::{CudaBench, Timing};
-pub use self::compile::default_cache;
+pub use self::compile::{Compiled, default_cache};
 
 use self::launch::{Gpu, Grid, Memory, Pinned};
 use self::params::{Job, Pair, Params, Scalars};
@@ -53,6 +53,23 @@ pub struct CudaOptions {
     pub cache: PathBuf,
     /// Slower code, of which tools that look for races see all of the order.
     pub every_lane_arrives: bool,
+}
+
+/// Compiles the device code with NVRTC, which needs no GPU, and says what became of its kernels.
+///
+/// # Errors
+/// [`CudaError::Library`] where NVRTC is not found, [`CudaError::Compile`] with its log.
+pub fn compile_report(options: &CudaOptions) -> Result<Vec<Compiled>, CudaError> {
+    find_compiler()?;
+    compile::report(&source::program(), &source::options(options))
+}
+
+fn find_compiler() -> Result<(), CudaError> {
+    let (library, provider) = ("libnvrtc", "the CUDA toolkit has it");
+    match launch::compiler_is_present() {
+        true => Ok(()),
+        false => Err(CudaError::Library { library, provider }),
+    }
 }
 
 /// A GPU that cannot be used, or that failed.
@@ -362,10 +379,7 @@ fn context(gpu: usize) -> Result<(Arc<CudaContext>, String), CudaError> {
     if !launch::driver_is_present() {
         return Err(CudaError::Library { library: "libcuda", provider: "NVIDIA's driver has it" });
     }
-    if !launch::compiler_is_present() {
-        let (library, provider) = ("libnvrtc", "the CUDA toolkit has it");
-        return Err(CudaError::Library { library, provider });
-    }
+    find_compiler()?;
     let context = CudaContext::new(gpu).map_err(|error| CudaError::NoGpu { gpu, error })?;
     let failed = |error| CudaError::Driver { call: "cuDeviceGetAttribute", error };
     let (major, minor) = context.compute_capability().map_err(failed)?;

@@ -2,6 +2,7 @@
 #![expect(clippy::print_stderr, reason = "a command line program")]
 
 mod check_cases;
+mod compile_kernels;
 mod conformance;
 mod demo;
 mod fleet;
@@ -29,6 +30,8 @@ struct Arguments {
 enum Command {
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     CheckCases(check_cases::Options),
+    /// Compiles the device code; no GPU is needed, but NVRTC is.
+    CompileKernels,
     /// The cases of the original system's test plan and its functional shapes, through real workers.
     Conformance(conformance::Options),
     /// Serves the small trained checkpoint with control and four workers, replays real activations and
@@ -55,6 +58,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::CheckCases(options) => check_cases::run(&options),
+        Command::CompileKernels => compile_kernels::run(),
         Command::Conformance(options) => conformance::run(&options),
         Command::Demo(options) => demo::run(&options).map(|()| true),
         Command::Fleet(options) => fleet::run(&options).map(|()| true),

@@ -24,13 +24,54 @@ pub(super) fn cubin(source: &str, options: &[String], folder: &Path) -> Result<V
     if let Some(cubin) = fs::read(&path).ok().and_then(checked) {
         return Ok(cubin);
     }
-    let cubin = compile(source, options)?;
+    let (cubin, _) = compile(source, options)?;
     let cache = |source: io::Error| CudaError::Cache { path: path.clone(), source };
     fs::create_dir_all(folder).map_err(cache)?;
     let beside = folder.join(format!("{key}.{}", std::process::id()));
     fs::write(&beside, [&Sha256::digest(&cubin)[..], &cubin].concat()).map_err(cache)?;
     fs::rename(&beside, &path).map_err(cache)?;
     Ok(cubin)
+}
+
+/// A kernel as the compiler made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compiled {
+    /// Its name.
+    pub kernel: String,
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes of registers that are written to memory for want of room.
+    pub spill_bytes: u32,
+}
+
+/// Compiles a program, whatever is cached, and reports its kernels.
+pub(super) fn report(source: &str, options: &[String]) -> Result<Vec<Compiled>, CudaError> {
+    let verbose = [options, &["--ptxas-options=-v".to_owned()]].concat();
+    Ok(kernels_of(&compile(source, &verbose)?.1))
+}
+
+/// Reads what the assembler says of each kernel: its name, spills, registers, in this order.
+fn kernels_of(log: &str) -> Vec<Compiled> {
+    let number = |text: &str| {
+        let digits = |c: &char| c.is_ascii_digit();
+        text.trim().chars().take_while(digits).collect::<String>().parse::<u32>().ok()
+    };
+    let mut all: Vec<Compiled> = Vec::new();
+    for line in log.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+            let kernel = rest.split('\'').next().unwrap_or_default().to_owned();
+            all.push(Compiled { kernel, registers: 0, spill_bytes: 0 });
+        }
+        let Some(last) = all.last_mut() else { continue };
+        if let Some((_, rest)) = line.split_once("bytes stack frame,") {
+            let spilled = rest.split(',').filter(|part| part.contains("spill")).filter_map(number);
+            last.spill_bytes = spilled.sum();
+        }
+        if let Some((_, rest)) = line.split_once("Used ") {
+            last.registers = number(rest).unwrap_or(0);
+        }
+    }
+    all
 }
 
 /// The usual folder of compiled programs.
@@ -62,7 +103,8 @@ fn version() -> Result<(i32, i32), CudaError> {
     Ok((major, minor))
 }
 
-fn compile(source: &str, options: &[String]) -> Result<Vec<u8>, CudaError> {
+/// Machine code, and what the compiler said.
+fn compile(source: &str, options: &[String]) -> Result<(Vec<u8>, String), CudaError> {
     let failed = |call: &'static str| move |error| CudaError::Nvrtc { call, error };
     // Our own text has no zero byte.
     let source = CString::new(source).unwrap_or_default();
@@ -82,7 +124,7 @@ fn compile(source: &str, options: &[String]) -> Result<Vec<u8>, CudaError> {
     // SAFETY: `cubin` holds as many bytes as the library asked for.
     let code = unsafe { sys::nvrtcGetCUBIN(program.0, cubin.as_mut_ptr().cast::<c_char>()) };
     code.result().map_err(failed("nvrtcGetCUBIN"))?;
-    Ok(cubin)
+    Ok((cubin, program.log().unwrap_or_default()))
 }
 
 /// A program inside NVRTC.
@@ -120,6 +162,27 @@ mod tests {
         for bad in [changed, entry[..entry.len() - 1].to_vec(), entry[..7].to_vec(), vec![]] {
             assert_eq!(checked(bad), None);
         }
+    }
+
+    #[test]
+    fn registers_and_spills_are_read() {
+        let log = "\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'fused_moe' for 'sm_90a'
+ptxas info    : Function properties for fused_moe
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 8 bytes cumulative stack size
+ptxas info    : Compiling entry function 'quantise' for 'sm_90a'
+ptxas info    : Function properties for quantise
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 24 registers, used 0 barriers
+";
+        let compiled = |kernel: &str, registers, spill_bytes| Compiled {
+            kernel: kernel.to_owned(),
+            registers,
+            spill_bytes,
+        };
+        assert_eq!(kernels_of(log), [compiled("fused_moe", 96, 16), compiled("quantise", 24, 0)]);
     }
 
     #[test]

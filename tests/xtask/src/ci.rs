@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 use crate::build::{build_programs, cargo, delete_programs, has_nextest, root, target};
+use crate::nvrtc::with_nvrtc;
 
 /// Checks and tests that passed and failed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -65,13 +66,22 @@ fn steps() -> Result<Vec<(&'static str, Command)>> {
     tests.args(["--workspace", "--locked"]);
     let mut demo = Command::new(target()?.join("debug/moeplane-cases"));
     demo.args(["demo", "--once", "--seconds", "4"]).arg(root().join("tests/data/tiny-kjv-moe"));
-    Ok(vec![
+    let mut kernels = Command::new(target()?.join("debug/moeplane-cases"));
+    kernels.arg("compile-kernels");
+    let mut steps = vec![
         ("format", cargo(&["fmt", "--all", "--check"])),
         ("clippy", clippy),
         ("build", build_programs()),
         ("tests", tests),
         ("demo", demo),
-    ])
+    ];
+    match with_nvrtc(&mut kernels)? {
+        true => steps.push(("kernels", kernels)),
+        false => println!(
+            "device code is not compiled: the system has no NVRTC, and python3 no pip to get it"
+        ),
+    }
+    Ok(steps)
 }
 
 /// Runs a command, passes its output on and counts the tests that it reports.

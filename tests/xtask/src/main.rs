@@ -4,6 +4,7 @@
 mod build;
 mod ci;
 mod gpu_check;
+mod nvrtc;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -41,6 +42,8 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         stress: u32,
     },
+    /// Compiles the device code for Hopper and prints registers and spills; needs no GPU, gets NVRTC by pip.
+    CompileKernels,
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     #[command(disable_help_flag = true)]
     CheckCases(Rest),
@@ -104,6 +107,12 @@ fn run(command: Command) -> Result<bool> {
             cases("kill-ranks", arguments)
         }
         Command::E2e { stress } => e2e(stress),
+        Command::CompileKernels => {
+            let mut compile = std::process::Command::new(build::program("moeplane-cases")?);
+            // Without, the program says what it lacks.
+            nvrtc::with_nvrtc(&mut compile)?;
+            Ok(compile.arg("compile-kernels").status()?.success())
+        }
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),
         Command::Conformance(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/cases.json").into_os_string());
