@@ -174,13 +174,14 @@ fn workers_whose_credential_ends_are_let_in_no_more() {
 
 #[test]
 fn whoever_asks_too_often_is_told_to_wait() {
-    let control = Control::start_with(&["--requests-per-second", "3"]).unwrap();
+    let control = Control::start_with(&["--requests-per-second", "1"]).unwrap();
     let viewer = secret(&control, "viewer");
     let status = |token: &str| control.send("GET", "/api/v1/groups", Some(token), None).unwrap();
-    let answers: Vec<(u16, String)> = (0..12).map(|_| status(&viewer)).collect();
-    let (_, text) = answers.iter().find(|(status, _)| *status == 429).expect("all were let in");
-    assert_says(text, &["\"code\":\"rate\"", "too many requests, expected none for"]);
-    assert!(answers.iter().any(|(status, _)| *status == 200));
+    assert_eq!(status(&viewer).0, 200);
+    // Two may come at once, and one more in a second.
+    let refused = (0..100).map(|_| status(&viewer)).find(|(status, _)| *status == 429);
+    let (_, text) = refused.expect("all were let in");
+    assert_says(&text, &["\"code\":\"rate\"", "too many requests, expected none for"]);
     // Others are not held up, nor are probes.
     assert_eq!(status(control.token()).0, 200);
     for _ in 0..12 {

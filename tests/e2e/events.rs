@@ -65,7 +65,7 @@ fn whoever_comes_back_misses_nothing_and_gets_nothing_twice() {
 
 #[test]
 fn workers_placements_and_windows_are_told_of() {
-    let control = Control::start().unwrap();
+    let control = Control::start_patient().unwrap();
     let mut watcher = Watcher::open(&control, None).unwrap();
     let registered = register(("g", 0, 1), 2, 8);
     let (mut worker, _) = FakeWorker::dial(&control, registered.clone()).unwrap();
