@@ -37,7 +37,7 @@ use utoipa::{IntoParams, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use self::ask::{PathOf, QueryOf, checked_limit};
+use self::ask::{PathOf, QueryOf, checked_limit, register_of};
 use self::document::Roles;
 use self::error::{ApiError, Problem};
 use self::gate::Gate;
@@ -166,13 +166,10 @@ async fn workers(
         let register = &worker.register;
         after.as_ref().is_none_or(|(group, rank)| register.group != *group || register.rank > *rank)
     });
-    let mut found: Vec<_> = workers.take(limit + 1).collect();
-    let more = found.len() > limit;
-    found.truncate(limit);
-    let last = found.last().filter(|_| more);
-    let next = last.map(|last| format!("{}:{}", last.register.group, last.register.rank));
+    let found = workers.take(limit + 1).collect();
+    let cursor = |last: &&Worker| format!("{}:{}", last.register.group, last.register.rank);
     let view = |worker: &Worker| WorkerView::new(worker, worker.presence(now, patience));
-    Ok(Json(Page { items: found.into_iter().map(view).collect(), next }))
+    Ok(Json(Page::of(found, limit, cursor, view)))
 }
 
 /// One worker.
@@ -233,9 +230,7 @@ async fn layers(
     PathOf(group): PathOf<String>,
 ) -> Result<Json<Vec<LayerView>>, ApiError> {
     let fleet = state.fleet();
-    let model = fleet.model_of(&group);
-    let model = model.ok_or(ApiError::NotFound { what: "group", name: group })?;
-    Ok(Json(layers_of(model)))
+    Ok(Json(layers_of(&register_of(&fleet, &group)?.model)))
 }
 
 /// Whether control itself is well: 200 while its database answers.

@@ -45,31 +45,42 @@ pub struct Config {
 }
 
 /// Settings as the file or the command line gives them.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// See [`Config::data`].
+    /// Folder of what control keeps.
+    #[arg(long)]
     pub data: Option<PathBuf>,
-    /// See [`Config::listen`].
+    /// Where control listens, HOST:PORT; port 0 takes a free one, written to DATA/address.
+    #[arg(long)]
     pub listen: Option<String>,
-    /// See [`Config::heartbeat_ms`].
+    /// Milliseconds between a worker's heartbeats.
+    #[arg(long)]
     pub heartbeat_ms: Option<u64>,
-    /// See [`Config::window_ms`].
+    /// Milliseconds of a window of load.
+    #[arg(long)]
     pub window_ms: Option<u64>,
-    /// See [`Config::windows_hours`].
+    /// Hours that windows are kept before they are added up by the hour.
+    #[arg(long)]
     pub windows_hours: Option<u64>,
-    /// See [`Config::hours_days`].
+    /// Days that those sums are kept.
+    #[arg(long)]
     pub hours_days: Option<u64>,
-    /// See [`Config::requests_per_second`].
+    /// Requests of one caller in a second.
+    #[arg(long)]
     pub requests_per_second: Option<u32>,
-    /// See [`Config::keepalive_ms`].
+    /// Milliseconds between two comments of a quiet stream of events.
+    #[arg(long)]
     pub keepalive_ms: Option<u64>,
-    /// See [`Config::log`].
+    /// What is logged, such as info or control=debug.
+    #[arg(long)]
     pub log: Option<String>,
     /// See [`Config::placements`]: those of the command line are added to those of the file.
+    #[arg(skip)]
     #[serde(default)]
     pub placements: BTreeMap<String, PathBuf>,
     /// See [`Config::tls`].
+    #[arg(skip)]
     pub tls: Option<TlsConfig>,
 }
 

@@ -23,6 +23,5 @@ mod store;
 pub mod tls;
 
 pub use self::api::document;
-pub use self::placing::FileError;
 pub use self::serve::{InitError, ServeError, Server, init};
 pub use self::store::StoreError;

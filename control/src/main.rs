@@ -51,24 +51,8 @@ struct Options {
     /// The configuration, TOML.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Folder of what control keeps.
-    #[arg(long)]
-    data: Option<PathBuf>,
-    /// Where control listens, HOST:PORT; port 0 takes a free one, written to DATA/address.
-    #[arg(long)]
-    listen: Option<String>,
-    /// Milliseconds between a worker's heartbeats.
-    #[arg(long)]
-    heartbeat_ms: Option<u64>,
-    /// Milliseconds of a window of load.
-    #[arg(long)]
-    window_ms: Option<u64>,
-    /// Hours that windows are kept before they are added up by the hour.
-    #[arg(long)]
-    windows_hours: Option<u64>,
-    /// Days that those sums are kept.
-    #[arg(long)]
-    hours_days: Option<u64>,
+    #[command(flatten)]
+    settings: Settings,
     /// Certificate of the listener, PEM; with its key, control may listen beyond loopback.
     #[arg(long, requires = "tls_key")]
     tls_certificate: Option<PathBuf>,
@@ -78,15 +62,6 @@ struct Options {
     /// File with the placement that a group starts with, JSON [layer][slot]; may be given for several.
     #[arg(long, value_name = "GROUP=FILE", value_parser = placement)]
     placement: Vec<(String, PathBuf)>,
-    /// Requests of one caller in a second.
-    #[arg(long)]
-    requests_per_second: Option<u32>,
-    /// Milliseconds between two comments of a quiet stream of events.
-    #[arg(long)]
-    keepalive_ms: Option<u64>,
-    /// What is logged, such as info or control=debug.
-    #[arg(long)]
-    log: Option<String>,
 }
 
 fn placement(option: &str) -> Result<(String, PathBuf), String> {
@@ -96,32 +71,11 @@ fn placement(option: &str) -> Result<(String, PathBuf), String> {
 
 impl Options {
     fn config(self) -> Result<Config, ConfigError> {
-        let Self { config, data, listen, heartbeat_ms, window_ms, .. } = self;
-        let Self {
-            windows_hours,
-            hours_days,
-            placement,
-            requests_per_second,
-            keepalive_ms,
-            log,
-            ..
-        } = self;
+        let Self { config, settings, tls_certificate, tls_key, placement } = self;
         let placements = placement.into_iter().collect();
-        let tls = self.tls_certificate.zip(self.tls_key);
+        let tls = tls_certificate.zip(tls_key);
         let tls = tls.map(|(certificate, key)| TlsConfig { certificate, key });
-        let options = Settings {
-            data,
-            listen,
-            heartbeat_ms,
-            window_ms,
-            windows_hours,
-            hours_days,
-            requests_per_second,
-            keepalive_ms,
-            log,
-            placements,
-            tls,
-        };
+        let options = Settings { placements, tls, ..settings };
         settings::load(config.as_deref(), |file| options.over(file))
     }
 }

@@ -1,37 +1,12 @@
 //! What a group is to hold when it starts: an operator's file, or experts in order. Pure, but for the
 //! reading of the file.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use protocol::message::ServedLayer;
-use protocol::placement::{Placement, PlacementError};
+use protocol::placement::{FileError, Placement, PlacementError, read_phy2log};
 use protocol::session::Register;
 use sha2::{Digest, Sha256};
-
-/// A file of placements that cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum FileError {
-    /// It cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// It is no list of lists of experts.
-    #[error("{} is no JSON of the form [layer][slot]", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: serde_json::Error,
-    },
-}
 
 /// A placement that a group cannot hold.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,16 +32,9 @@ pub(crate) struct PlacementFile {
 
 impl PlacementFile {
     pub(crate) fn read(path: &Path) -> Result<Self, FileError> {
-        let path = path.to_owned();
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(source) => return Err(FileError::Read { path, source }),
-        };
+        let (text, phy2log) = read_phy2log(path)?;
         let digest = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
-        match serde_json::from_slice(&text) {
-            Ok(phy2log) => Ok(Self { path, digest, phy2log }),
-            Err(source) => Err(FileError::Json { path, source }),
-        }
+        Ok(Self { path: path.to_owned(), digest, phy2log })
     }
 
     /// The placement of every layer that the worker serves.

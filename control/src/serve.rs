@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::serve::ListenerExt;
+use protocol::placement::FileError;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -20,7 +21,7 @@ use crate::fleet::Fleet;
 use crate::limits::{
     ANSWER_HOURS, FAREWELL_SECONDS, FORGET_SECONDS, SESSIONS_MAX, SETTLED_TICK_MS,
 };
-use crate::placing::{FileError, PlacementFile};
+use crate::placing::PlacementFile;
 use crate::state::{State, now_ms};
 use crate::store::audit::Entry;
 use crate::store::tokens::NewToken;

@@ -9,7 +9,7 @@ use kernels::checkpoint::MoeLayer;
 use kernels::device::LayerSlots;
 use kernels::route::RouteTable;
 use protocol::ids::RankId;
-use protocol::placement::{Placement, PlacementError, RoutingTable};
+use protocol::placement::{FileError, Placement, PlacementError, RoutingTable, read_phy2log};
 use protocol::session::LayerPlacement;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -22,24 +22,9 @@ const OWN_EPOCH: u64 = 0;
 /// A placement that cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is no list of lists of experts.
-    #[error("{} is no JSON of the form [layer][slot]", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: serde_json::Error,
-    },
+    /// A file that cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A placement of another model.
     #[error("{} has {got} layers, the model has {expected}", path.display())]
     Layers {
@@ -202,10 +187,7 @@ fn memory(group: &GroupConfig) -> PathBuf {
 }
 
 fn read(path: &Path, ranks: u32, layers: &[MoeLayer]) -> Result<Vec<Placement>, PlaceError> {
-    let text =
-        fs::read(path).map_err(|source| PlaceError::Read { path: path.to_owned(), source })?;
-    let phy2log: Vec<Vec<i64>> = serde_json::from_slice(&text)
-        .map_err(|source| PlaceError::Json { path: path.to_owned(), source })?;
+    let (_, phy2log) = read_phy2log(path)?;
     let (got, expected) = (phy2log.len(), layers.len());
     if got != expected {
         return Err(PlaceError::Layers { path: path.to_owned(), got, expected });

@@ -1,11 +1,13 @@
-//! What requests share: bodies whose rejections are problems, and reasons.
+//! What requests share: extractors whose rejections are problems, parts of lists, groups, and reasons.
 
 use axum::Json;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query};
+use protocol::session::Register;
 use serde::Deserialize;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::error::ApiError;
+use crate::fleet::Fleet;
 use crate::limits::{PAGE_DEFAULT, PAGE_MAX, REASON_BYTES_MAX};
 
 /// Extractors whose rejections are problems.
@@ -40,6 +42,35 @@ pub(super) fn reason(text: &str) -> Result<&str, ApiError> {
     Ok(text)
 }
 
+/// Which part of a list whose cursor is a number.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Part {
+    /// Most items, 1 to 500.
+    limit: Option<usize>,
+    /// `next` of the part before.
+    cursor: Option<String>,
+}
+
+impl Part {
+    pub(super) fn limit(&self) -> Result<usize, ApiError> {
+        checked_limit(self.limit)
+    }
+
+    pub(super) fn cursor(&self) -> Result<Option<u64>, ApiError> {
+        let number = |text: &String| text.parse().map_err(|_no_number| ApiError::cursor(text));
+        self.cursor.as_ref().map(number).transpose()
+    }
+}
+
+/// What one of a group's workers says of itself.
+pub(super) fn register_of<'a>(fleet: &'a Fleet, group: &str) -> Result<&'a Register, ApiError> {
+    let worker = fleet.groups.get(group).and_then(|ranks| ranks.values().next());
+    let none = || ApiError::NotFound { what: "group", name: group.to_owned() };
+    worker.map(|worker| &worker.register).ok_or_else(none)
+}
+
 pub(super) fn checked_limit(limit: Option<usize>) -> Result<usize, ApiError> {
     match limit {
         None => Ok(PAGE_DEFAULT),
@@ -49,10 +80,4 @@ pub(super) fn checked_limit(limit: Option<usize>) -> Result<usize, ApiError> {
             Err(ApiError::Value { name: "limit", value: limit.to_string(), expected })
         }
     }
-}
-
-/// A cursor that is a number.
-pub(super) fn number(cursor: Option<&String>) -> Result<Option<u64>, ApiError> {
-    let number = |text: &String| text.parse().map_err(|_no_number| ApiError::cursor(text));
-    cursor.map(number).transpose()
 }

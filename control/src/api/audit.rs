@@ -2,11 +2,11 @@
 
 use axum::Json;
 use axum::extract::State;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::ToSchema;
 
-use super::ask::{QueryOf, checked_limit, number};
+use super::ask::{Part, QueryOf};
 use super::error::ApiError;
 use super::views::Page;
 use crate::state::Shared;
@@ -46,17 +46,6 @@ impl From<Audited> for AuditView {
     }
 }
 
-/// Which part of the log.
-#[derive(Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(super) struct Part {
-    /// Most items, 1 to 500.
-    limit: Option<usize>,
-    /// `next` of the part before.
-    cursor: Option<String>,
-}
-
 /// What was changed, by whom and why, newest first.
 #[utoipa::path(get, path = "/api/v1/audit", params(Part), security(("token" = ["operator"])),
     responses((status = 200, body = Page<AuditView>)))]
@@ -64,8 +53,8 @@ pub(super) async fn audit(
     State(state): State<Shared>,
     QueryOf(part): QueryOf<Part>,
 ) -> Result<Json<Page<AuditView>>, ApiError> {
-    let limit = checked_limit(part.limit)?;
-    let before = number(part.cursor.as_ref())?.unwrap_or(u64::MAX);
+    let limit = part.limit()?;
+    let before = part.cursor()?.unwrap_or(u64::MAX);
     let found = state.store.audit(before, limit + 1).await?;
     Ok(Json(Page::of(found, limit, |entry| entry.id.to_string(), AuditView::from)))
 }

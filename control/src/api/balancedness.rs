@@ -8,7 +8,7 @@ use protocol::session::LayerPlacement;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::ask::{PathOf, QueryOf};
+use super::ask::{PathOf, QueryOf, register_of};
 use super::error::{ApiError, Problem};
 use crate::balance::{Balancedness, max_over_mean, rank_tokens};
 use crate::limits::{BALANCE_ROWS_MAX, PAGE_MAX};
@@ -90,8 +90,7 @@ pub(super) async fn balancedness(
     PathOf(group): PathOf<String>,
     QueryOf(wanted): QueryOf<Wanted>,
 ) -> Result<Json<BalanceView>, ApiError> {
-    let model = state.fleet().model_of(&group).map(|model| model.digest.clone());
-    let model = model.ok_or_else(|| ApiError::NotFound { what: "group", name: group.clone() })?;
+    let model = register_of(&state.fleet(), &group)?.model.digest.clone();
     let of = Of { group: &group, model: &model, span: wanted.span };
     let (after_ms, until_ms) = match (wanted.after_ms, wanted.until_ms) {
         (None, None) => match state.store.newest_end(of, state.settled_ms()).await? {

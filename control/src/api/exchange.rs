@@ -8,10 +8,9 @@ use protocol::placement::Placement;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::ask::{JsonOf, PathOf, QueryOf, reason};
+use super::ask::{JsonOf, PathOf, QueryOf, reason, register_of};
 use super::error::{ApiError, Problem};
 use super::gate::Caller;
-use super::placements::register_of;
 use crate::exchange::{Form, read, write};
 use crate::state::{Shared, now_ms};
 use crate::store::placements::Imported;
@@ -99,7 +98,7 @@ pub(super) async fn import(
     PathOf(group): PathOf<String>,
     JsonOf(import): JsonOf<Import>,
 ) -> Result<Json<Vec<ImportedView>>, ApiError> {
-    let register = register_of(&state.fleet(), &group)?;
+    let register = register_of(&state.fleet(), &group)?.clone();
     let placements = read(import.format, &import.text, &register)?;
     let entry = caller.entry("placements.import", reason(&import.reason)?);
     let imported = state.store.import(&register, placements, import.dry_run, entry).await?;

@@ -8,15 +8,14 @@ use axum::http::HeaderMap;
 use axum::response::Response;
 use protocol::message::ServedLayer;
 use protocol::placement::Placement;
-use protocol::session::{LayerPlacement, Register};
-use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, ToSchema};
+use protocol::session::LayerPlacement;
+use serde::Serialize;
+use utoipa::ToSchema;
 
-use super::ask::{PathOf, QueryOf, checked_limit, number};
+use super::ask::{Part, PathOf, QueryOf, register_of};
 use super::error::{ApiError, Problem};
 use super::tag::tagged;
 use super::views::Page;
-use crate::fleet::Fleet;
 use crate::state::{Shared, now_ms};
 use crate::store::placements::Committed;
 
@@ -99,16 +98,6 @@ pub(super) async fn placement(
     tagged(&headers, &view)
 }
 
-/// Which part of a layer's history.
-#[derive(Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-pub(super) struct Part {
-    /// Most items, 1 to 500.
-    limit: Option<usize>,
-    /// `next` of the part before.
-    cursor: Option<String>,
-}
-
 /// The committed placements of a layer, newest first. They never change.
 #[utoipa::path(get, path = "/api/v1/groups/{group}/placements/{layer}/epochs",
     params(("group" = String, Path), ("layer" = u32, Path), Part),
@@ -119,12 +108,12 @@ pub(super) async fn epochs(
     PathOf((group, layer)): PathOf<(String, u32)>,
     QueryOf(part): QueryOf<Part>,
 ) -> Result<Json<Page<CommittedView>>, ApiError> {
-    let register = register_of(&state.fleet(), &group)?;
+    let register = register_of(&state.fleet(), &group)?.clone();
     if !register.model.layers.iter().any(|known| known.number == layer) {
         return Err(no_layer(&group, layer));
     }
-    let limit = checked_limit(part.limit)?;
-    let before = number(part.cursor.as_ref())?.unwrap_or(u64::MAX);
+    let limit = part.limit()?;
+    let before = part.cursor()?.unwrap_or(u64::MAX);
     let of = (&group[..], &register.model.digest[..]);
     let found = state.store.epochs(of, layer, before, limit + 1).await?;
     let cursor = |committed: &Committed| committed.epoch.to_string();
@@ -136,7 +125,7 @@ async fn views(
     group: &str,
     only: Option<u32>,
 ) -> Result<Vec<PlacementView>, ApiError> {
-    let register = register_of(&state.fleet(), group)?;
+    let register = register_of(&state.fleet(), group)?.clone();
     let asked = state.store.placements(group, &register.model.digest).await?;
     let asked: BTreeMap<u32, Committed> =
         asked.into_iter().map(|committed| (committed.layer, committed)).collect();
@@ -167,13 +156,6 @@ async fn views(
         }
     };
     Ok(wanted.map(view).collect())
-}
-
-/// What one of the group's workers says of itself.
-pub(super) fn register_of(fleet: &Fleet, group: &str) -> Result<Register, ApiError> {
-    let worker = fleet.groups.get(group).and_then(|ranks| ranks.values().next());
-    let none = || ApiError::NotFound { what: "group", name: group.to_owned() };
-    worker.map(|worker| worker.register.clone()).ok_or_else(none)
 }
 
 fn no_layer(group: &str, layer: u32) -> ApiError {

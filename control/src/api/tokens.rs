@@ -4,9 +4,9 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, ToSchema};
+use utoipa::ToSchema;
 
-use super::ask::{JsonOf, PathOf, QueryOf, Reason, checked_limit, number, reason};
+use super::ask::{JsonOf, Part, PathOf, QueryOf, Reason, reason};
 use super::error::{ApiError, Problem};
 use super::gate::Caller;
 use super::views::Page;
@@ -78,17 +78,6 @@ pub(super) struct Rotation {
     reason: String,
 }
 
-/// Which part of the list.
-#[derive(Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(super) struct Part {
-    /// Most items, 1 to 500.
-    limit: Option<usize>,
-    /// `next` of the part before.
-    cursor: Option<String>,
-}
-
 /// An answer that nobody on the way may keep.
 type Secret = (StatusCode, [(HeaderName, &'static str); 1], Json<NewTokenView>);
 
@@ -99,8 +88,8 @@ pub(super) async fn tokens(
     State(state): State<Shared>,
     QueryOf(part): QueryOf<Part>,
 ) -> Result<Json<Page<TokenView>>, ApiError> {
-    let limit = checked_limit(part.limit)?;
-    let after = number(part.cursor.as_ref())?.unwrap_or(0);
+    let limit = part.limit()?;
+    let after = part.cursor()?.unwrap_or(0);
     let found = state.store.tokens(after, limit + 1).await?;
     Ok(Json(Page::of(found, limit, |token| token.id.to_string(), TokenView::from)))
 }

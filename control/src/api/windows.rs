@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 use utoipa::{IntoParams, ToSchema};
 
-use super::ask::{JsonOf, PathOf, QueryOf, Reason, checked_limit, reason};
+use super::ask::{JsonOf, PathOf, QueryOf, Reason, checked_limit, reason, register_of};
 use super::error::{ApiError, Problem};
 use super::gate::Caller;
 use super::views::Page;
@@ -118,8 +118,7 @@ pub(super) async fn windows(
     PathOf(group): PathOf<String>,
     QueryOf(wanted): QueryOf<Wanted>,
 ) -> Result<Json<Page<WindowView>>, ApiError> {
-    let model = state.fleet().model_of(&group).map(|model| model.digest.clone());
-    let model = model.ok_or_else(|| ApiError::NotFound { what: "group", name: group.clone() })?;
+    let model = register_of(&state.fleet(), &group)?.model.digest.clone();
     let mut part = wanted.part()?;
     let limit = part.limit;
     part.limit += 1;

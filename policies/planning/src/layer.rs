@@ -134,32 +134,6 @@ impl Shape {
             None => Ok(()),
         }
     }
-
-    /// Experts in order over the ranks; slots beyond that hold the experts that follow the rank's
-    /// own. The placement before anything was measured, as the workers start with it.
-    ///
-    /// # Errors
-    /// [`PlanError::Shape`] when a rank has too few slots for its experts.
-    pub fn contiguous(&self) -> Result<Vec<u32>, PlanError> {
-        self.check()?;
-        let per_rank = self.experts.div_ceil(self.ranks);
-        if per_rank > self.slots_per_rank {
-            return Err(PlanError::Shape { shape: *self });
-        }
-        let mut slots = vec![EMPTY; self.slots()];
-        for (rank, row) in slots.chunks_mut(self.slots_per_rank).enumerate() {
-            let first = (rank * per_rank).min(self.experts);
-            let end = (first + per_rank).min(self.experts);
-            for (slot, expert) in row.iter_mut().zip(first..end) {
-                *slot = number(expert);
-            }
-            let others = (0..self.experts - (end - first)).map(|n| (end + n) % self.experts);
-            for (slot, expert) in row.iter_mut().skip(per_rank).zip(others) {
-                *slot = number(expert);
-            }
-        }
-        Ok(slots)
-    }
 }
 
 /// Experts and slots are counted in u32 on the wire; shapes are bounded far below that.

@@ -3,6 +3,9 @@
 //! A [`Placement`] cannot be invalid: its constructor refuses a placement that loses an expert, puts
 //! two replicas of one expert on a rank, or gives ranks different numbers of slots.
 
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ExpertId, RankId, SlotId};
@@ -78,6 +81,46 @@ pub enum PlacementError {
         /// The weights given.
         weights: Vec<u16>,
     },
+}
+
+/// A file of placements that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no list of lists of experts.
+    #[error("{} is no JSON of the form [layer][slot]", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// Reads a file of placements, JSON `[layer][slot]`, each row as [`Placement::from_phy2log`] takes it; its
+/// text and the rows.
+///
+/// # Errors
+/// [`FileError`] names the file.
+pub fn read_phy2log(path: &Path) -> Result<(Vec<u8>, Vec<Vec<i64>>), FileError> {
+    let path = path.to_owned();
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(source) => return Err(FileError::Read { path, source }),
+    };
+    match serde_json::from_slice(&text) {
+        Ok(rows) => Ok((text, rows)),
+        Err(source) => Err(FileError::Json { path, source }),
+    }
 }
 
 /// The expert of every slot of one layer; slots of a rank are contiguous, a slot may be empty.
