@@ -7,7 +7,6 @@ mod checkpoints;
 mod command;
 mod configuration;
 mod conformance;
-mod contract;
 mod control;
 mod events;
 mod failures;

@@ -59,11 +59,19 @@ pub(crate) fn run() -> Result<bool> {
     Ok(all_passed)
 }
 
+/// What is built together shares features, and control must not get a compiler: a build of its own has that.
+const WITH_COMPILER: [&str; 4] = ["--package", "policy-host", "--features", "compiler"];
+
 fn steps() -> Result<Vec<(&'static str, Command)>> {
     let mut clippy = cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--locked"]);
     clippy.args(["--", "--deny", "warnings"]);
-    let mut tests = if has_nextest() { cargo(&["nextest", "run"]) } else { cargo(&["test"]) };
-    tests.args(["--workspace", "--locked"]);
+    let mut lint_compiler = cargo(&["clippy", "--quiet", "--all-targets", "--locked"]);
+    lint_compiler.args(WITH_COMPILER).args(["--", "--deny", "warnings"]);
+    let test = || if has_nextest() { cargo(&["nextest", "run"]) } else { cargo(&["test"]) };
+    let mut tests = test();
+    tests.args(["--workspace", "--locked", "--exclude", "policy-host"]);
+    let mut policies = test();
+    policies.arg("--locked").args(WITH_COMPILER);
     let mut demo = Command::new(target()?.join("debug/moeplane-cases"));
     demo.args(["demo", "--once", "--seconds", "4"]).arg(root().join("tests/data/tiny-kjv-moe"));
     let mut kernels = Command::new(target()?.join("debug/moeplane-cases"));
@@ -71,8 +79,10 @@ fn steps() -> Result<Vec<(&'static str, Command)>> {
     let mut steps = vec![
         ("format", cargo(&["fmt", "--all", "--check"])),
         ("clippy", clippy),
+        ("clippy", lint_compiler),
         ("build", build_programs()),
         ("tests", tests),
+        ("policies", policies),
         ("demo", demo),
     ];
     match with_nvrtc(&mut kernels)? {

@@ -7,7 +7,7 @@ use wit_parser::{Resolve, WorldItem, WorldKey};
 /// Each world exports its description and its decision, and brings nothing in but our own types.
 #[test]
 fn worlds_export_a_decision_and_import_nothing() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../policies/wit/v0.1");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../wit/v0.1");
     let mut resolve = Resolve::new();
     let (package, _) = resolve.push_dir(folder).unwrap();
     let name = &resolve.packages[package].name;
