@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use policy_host::shipped;
 use serde::{Deserialize, Serialize};
 pub use settings::ConfigError;
 
@@ -35,6 +36,8 @@ pub struct Config {
     pub keepalive_ms: u64,
     /// What is logged, such as `info` or `control=debug`.
     pub log: String,
+    /// Folder of the policies that come with moeplane.
+    pub policies: PathBuf,
     /// Files with the placements that groups start with, JSON `[layer][slot]`; experts in order for
     /// others.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -75,6 +78,9 @@ pub struct Settings {
     /// What is logged, such as info or control=debug.
     #[arg(long)]
     pub log: Option<String>,
+    /// Folder of the policies that come with moeplane; beside the program if not given.
+    #[arg(long)]
+    pub policies: Option<PathBuf>,
     /// See [`Config::placements`]: those of the command line are added to those of the file.
     #[arg(skip)]
     #[serde(default)]
@@ -122,6 +128,11 @@ impl Settings {
             }
         }
         let log = self.log.or(file.log).unwrap_or_else(|| "info".to_owned());
+        let beside = || std::env::current_exe().map(|program| shipped::folder(&program));
+        let policies = match self.policies.or(file.policies) {
+            Some(folder) => folder,
+            None => beside().unwrap_or_else(|_unknown| shipped::folder(Path::new("."))),
+        };
         let mut placements = file.placements;
         placements.extend(self.placements);
         let listen = address;
@@ -135,6 +146,7 @@ impl Settings {
             requests_per_second,
             keepalive_ms,
             log,
+            policies,
             placements,
             tls,
         })

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::serve::ListenerExt;
+use policy_host::shipped;
 use protocol::placement::FileError;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -126,6 +127,11 @@ impl Server {
         let store = open(&data).await?;
         if !store.has_admin(now_ms()).await? {
             tracing::warn!("nobody has a token yet: moeplane-control init makes the first");
+        }
+        let absent = shipped::absent(&config.policies);
+        if !absent.is_empty() {
+            let folder = config.policies.display();
+            tracing::warn!(%folder, ?absent, "policies are absent: cargo xtask policies makes them");
         }
         let mut fleet = Fleet::default();
         for worker in store.workers().await? {

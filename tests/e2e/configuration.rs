@@ -2,6 +2,7 @@
 
 use std::process::{Command, Output};
 
+use tests::control_process::Control;
 use tests::worker_process::program;
 
 use crate::assert_says;
@@ -51,4 +52,12 @@ fn what_cannot_be_is_named_with_its_line() {
         assert_eq!(refused.status.code(), Some(64), "{text}");
         assert_says(&String::from_utf8(refused.stderr).unwrap(), expected);
     }
+}
+
+#[test]
+fn policies_that_are_absent_are_named_at_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let policies = folder.path().display().to_string();
+    let control = Control::start_with(&["--policies", &policies]).unwrap();
+    assert_says(&control.log(), &["policies are absent", "deepseek_eplb", &policies]);
 }

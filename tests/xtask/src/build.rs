@@ -29,6 +29,10 @@ pub(crate) fn has_nextest() -> bool {
     status.is_ok_and(|status| status.success())
 }
 
+/// Arguments of cargo for what has a compiler of policies. What is built together shares features, and control must not
+/// get a compiler: this is a build of its own.
+pub(crate) const WITH_COMPILER: [&str; 4] = ["--package", "policy-host", "--features", "compiler"];
+
 /// What builds every program that tests and commands start.
 pub(crate) fn build_programs() -> Command {
     cargo(&["build", "--quiet", "--workspace", "--bins", "--locked", "--exclude", "xtask"])
@@ -82,4 +86,13 @@ pub(crate) fn delete_programs() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A folder of what is made or fetched once for a machine, which is made.
+pub(crate) fn caches(of: &str) -> Result<PathBuf> {
+    let home = || env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    let caches = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
+    let folder = caches.context("HOME is not set")?.join("moeplane").join(of);
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    Ok(folder)
 }

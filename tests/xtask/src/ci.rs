@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::build::{build_programs, cargo, delete_programs, has_nextest, root, target};
+use crate::build::{
+    WITH_COMPILER, build_programs, cargo, delete_programs, has_nextest, root, target,
+};
 use crate::nvrtc::with_nvrtc;
 
 /// Checks and tests that passed and failed.
@@ -59,9 +61,6 @@ pub(crate) fn run() -> Result<bool> {
     Ok(all_passed)
 }
 
-/// What is built together shares features, and control must not get a compiler: a build of its own has that.
-const WITH_COMPILER: [&str; 4] = ["--package", "policy-host", "--features", "compiler"];
-
 fn steps() -> Result<Vec<(&'static str, Command)>> {
     let mut clippy = cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--locked"]);
     clippy.args(["--", "--deny", "warnings"]);
@@ -70,6 +69,8 @@ fn steps() -> Result<Vec<(&'static str, Command)>> {
     let test = || if has_nextest() { cargo(&["nextest", "run"]) } else { cargo(&["test"]) };
     let mut tests = test();
     tests.args(["--workspace", "--locked", "--exclude", "policy-host"]);
+    let mut guests = Command::new(env::current_exe()?);
+    guests.arg("policies");
     let mut policies = test();
     policies.arg("--locked").args(WITH_COMPILER);
     let mut demo = Command::new(target()?.join("debug/moeplane-cases"));
@@ -82,6 +83,7 @@ fn steps() -> Result<Vec<(&'static str, Command)>> {
         ("clippy", lint_compiler),
         ("build", build_programs()),
         ("tests", tests),
+        ("guests", guests),
         ("policies", policies),
         ("demo", demo),
     ];

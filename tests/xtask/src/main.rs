@@ -5,6 +5,8 @@ mod build;
 mod ci;
 mod gpu_check;
 mod nvrtc;
+mod policies;
+mod wasm;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -44,6 +46,8 @@ enum Command {
     },
     /// Compiles the device code for Hopper and prints registers and spills; needs no GPU, gets NVRTC by pip.
     CompileKernels,
+    /// Builds the policies that come with moeplane, into the folder `policies` beside the programs.
+    Policies,
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     #[command(disable_help_flag = true)]
     CheckCases(Rest),
@@ -113,6 +117,7 @@ fn run(command: Command) -> Result<bool> {
             nvrtc::with_nvrtc(&mut compile)?;
             Ok(compile.arg("compile-kernels").status()?.success())
         }
+        Command::Policies => policies::run(),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),
         Command::Conformance(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/cases.json").into_os_string());

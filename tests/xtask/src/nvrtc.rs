@@ -3,10 +3,11 @@
 
 use std::env;
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+
+use crate::build::caches;
 
 /// The package, in the version that kernels were measured with.
 const PACKAGE: &str = "nvidia-cuda-nvrtc==13.0.88";
@@ -15,7 +16,7 @@ const INSIDE: &str = "nvidia/cu13/lib";
 
 /// Sets `command` up to find the compiler; false where the system has none and pip is not there to get it.
 pub(crate) fn with_nvrtc(command: &mut Command) -> Result<bool> {
-    let folder = cache()?.join(PACKAGE);
+    let folder = caches("nvrtc")?.join(PACKAGE);
     let library = folder.join(INSIDE);
     if !library.is_dir() && has_pip() {
         // Whole or not at all.
@@ -41,12 +42,4 @@ fn system_has_it() -> bool {
 fn has_pip() -> bool {
     let version = Command::new("python3").args(["-m", "pip", "--version"]).output();
     version.is_ok_and(|output| output.status.success())
-}
-
-fn cache() -> Result<PathBuf> {
-    let home = || env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
-    let folder = cache.context("HOME is not set")?.join("moeplane/nvrtc");
-    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    Ok(folder)
 }

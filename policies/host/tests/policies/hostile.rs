@@ -6,39 +6,24 @@ use std::time::Duration;
 use policy_host::check::Fault;
 use policy_host::contract::EMPTY;
 use policy_host::limits::CompileLimits;
-use policy_host::{Component, Host, HostOptions, Verdict, example};
+use policy_host::{Component, Host, Verdict, example};
 use tempfile::TempDir;
 
 use crate::make::{Guest, SPARE, WORDS, compile_bomb};
+use crate::{host, load_patiently};
 
-struct Setup {
-    host: Host,
-    _folder: TempDir,
-}
-
-/// A host with the deadlines of this crate.
-fn serving() -> Setup {
-    with_deadline(None)
-}
-
-/// A host with a deadline that no busy machine reaches.
-fn setup() -> Setup {
-    with_deadline(Some(Duration::from_secs(600)))
-}
-
-fn with_deadline(deadline: Option<Duration>) -> Setup {
+/// A host with a deadline that no busy machine reaches, and its own store.
+fn patient() -> (Host, TempDir) {
     let folder = tempfile::tempdir().unwrap();
-    let compiler = env!("CARGO_BIN_EXE_moeplane-policy").into();
-    let options = HostOptions { store: folder.path().to_owned(), compiler, deadline };
-    Setup { host: Host::new(&options).unwrap(), _folder: folder }
+    (host(folder.path(), Some(Duration::from_secs(600))), folder)
+}
+
+fn load(guest: &Guest) -> Result<Component, Verdict> {
+    load_patiently(&guest.build())
 }
 
 fn verdict(guest: &Guest) -> Verdict {
     load(guest).unwrap_err()
-}
-
-fn load(guest: &Guest) -> Result<Component, Verdict> {
-    setup().host.load(&guest.build())
 }
 
 const ENDLESS: &str = "(loop (br 0)) unreachable";
@@ -58,7 +43,8 @@ fn a_harmless_component_answers_twice_the_same() {
 }
 
 fn assert_deadline(guest: &Guest, expected_ms: u64) {
-    let verdict = serving().host.load(&guest.build()).unwrap_err();
+    let folder = tempfile::tempdir().unwrap();
+    let verdict = host(folder.path(), None).load(&guest.build()).unwrap_err();
     let Verdict::Deadline { limit_ms, used_ms } = verdict else { panic!("{verdict}") };
     assert_eq!(limit_ms, expected_ms);
     assert!(used_ms >= limit_ms, "{verdict}");
@@ -90,21 +76,23 @@ fn a_memory_bomb_is_refused_its_memory() {
 fn a_compile_bomb_is_stopped() {
     let bomb = compile_bomb().build();
     let limits = CompileLimits { seconds: 1, memory_bytes: 4 << 30 };
-    let stopped = setup().host.load_within(&bomb, limits).unwrap_err();
+    let (host, _folder) = patient();
+    let stopped = host.load_within(&bomb, limits).unwrap_err();
     assert!(matches!(stopped, Verdict::CompileTime { .. }), "{stopped}");
 }
 
 #[test]
 fn a_compiler_without_memory_is_a_verdict() {
     let limits = CompileLimits { seconds: 20, memory_bytes: 64 << 20 };
-    let starved = setup().host.load_within(&compile_bomb().build(), limits).unwrap_err();
+    let (host, _folder) = patient();
+    let starved = host.load_within(&compile_bomb().build(), limits).unwrap_err();
     let expected = matches!(starved, Verdict::CompilerDied { .. } | Verdict::Compile { .. });
     assert!(expected, "{starved}");
 }
 
 #[test]
 fn a_changed_or_foreign_compiled_file_is_made_again_and_never_run() {
-    let Setup { host, _folder } = setup();
+    let (host, _folder) = patient();
     let bytes = Guest::placement().build();
     let path = host.store().path(host.load(&bytes).unwrap().digest());
     let good = fs::read(&path).unwrap();
@@ -125,9 +113,9 @@ fn a_changed_or_foreign_compiled_file_is_made_again_and_never_run() {
     host.load(&bytes).unwrap();
     assert_eq!(fs::read(&path).unwrap(), good);
     // Code that another installation made, with its own key.
-    let elsewhere = setup();
-    elsewhere.host.load(&bytes).unwrap();
-    let theirs = elsewhere.host.store().path(&policy_host::store::digest(&bytes));
+    let (elsewhere, _their_folder) = patient();
+    elsewhere.load(&bytes).unwrap();
+    let theirs = elsewhere.store().path(&policy_host::store::digest(&bytes));
     fs::copy(theirs, &path).unwrap();
     host.load(&bytes).unwrap();
     assert_eq!(fs::read(&path).unwrap(), good);
@@ -232,7 +220,7 @@ fn an_import_is_named() {
 
 #[test]
 fn garbage_and_giants_are_refused_unread() {
-    let Setup { host, _folder } = setup();
+    let (host, _folder) = patient();
     let garbage: Vec<u8> =
         (0..10_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     assert!(matches!(host.load(&garbage), Err(Verdict::Malformed { .. })));
@@ -260,7 +248,7 @@ const SLACK_KB: u64 = 32 << 10;
 
 #[test]
 fn memory_returns_after_hundreds_of_them() {
-    let Setup { host, _folder } = setup();
+    let (host, _folder) = patient();
     let mut deep = Guest::tactics("(call $deep (i32.const 0))");
     deep.more =
         "(func $deep (param i32) (result i32) (i32.add (call $deep (local.get 0)) (i32.const 1)))"

@@ -2,17 +2,21 @@
 //! prints; each larger subcommand is a module.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
 
+mod build;
 mod compile;
+mod config;
+mod golden;
 
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use policy_host::limits::COMPONENT_BYTES_MAX;
-use policy_host::{Component, Host, HostOptions, gate};
+use policy_host::{Component, Host, HostOptions, gate, shipped};
 
 /// Checks, compiles and tries policies of moeplane.
 #[derive(Parser)]
@@ -24,15 +28,19 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Makes the component of a crate in Rust that is a policy.
+    Build(build::Arguments),
     /// Says whether a file is a policy that moeplane runs, and what it says of itself. Compiles it, and asks it the
     /// example questions twice.
     Check {
-        /// The component.
+        /// A component, or the name of a policy that comes with moeplane.
         policy: PathBuf,
         /// Folder that keeps what was compiled; without, nothing is kept.
         #[arg(long)]
         store: Option<PathBuf>,
     },
+    /// Holds the plans of a policy against worked examples of DeepSeek's EPLB, as they are before anything is mended.
+    Golden(golden::Arguments),
     /// Reads a component, writes its code: the process that hosts start.
     #[command(hide = true, name = policy_host::compiler::SUBCOMMAND)]
     CompileChild(compile::Arguments),
@@ -40,7 +48,9 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
+        Command::Build(arguments) => build::run(&arguments),
         Command::Check { policy, store } => check(&policy, store.as_deref()),
+        Command::Golden(arguments) => golden::run(&arguments),
         Command::CompileChild(arguments) => compile::run(&arguments),
     };
     done.unwrap_or_else(|error| {
@@ -50,7 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn check(path: &Path, store: Option<&Path>) -> Result<ExitCode> {
-    let policy = load(path, store)?;
+    let policy = load(path, store, None)?;
     let info = policy.info();
     println!("{} {}: {}", info.name, info.version, info.summary);
     println!("kind      {}, contract {}", policy.kind().world(), gate::VERSION);
@@ -59,18 +69,18 @@ fn check(path: &Path, store: Option<&Path>) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Loads a component with this very program as its compiler.
-fn load(path: &Path, store: Option<&Path>) -> Result<Component> {
-    let named = || path.display().to_string();
+/// Loads a policy with this very program as its compiler.
+fn load(policy: &Path, store: Option<&Path>, deadline: Option<Duration>) -> Result<Component> {
+    let program = std::env::current_exe()?;
+    let (named, by_name) = (policy.display().to_string(), policy.components().count() == 1);
+    let shipped = shipped::file(&shipped::folder(&program), &named);
+    let path = if by_name && !policy.exists() { &shipped } else { policy };
+    let file = File::open(path).with_context(|| path.display().to_string())?;
     let mut bytes = Vec::new();
-    let file = File::open(path).with_context(named)?;
-    // One byte more than may be: enough to refuse it by its size, without reading a film.
-    file.take(COMPONENT_BYTES_MAX + 1).read_to_end(&mut bytes).with_context(named)?;
+    // One byte more than there may be: enough to refuse it by its size, without reading a film.
+    file.take(COMPONENT_BYTES_MAX + 1).read_to_end(&mut bytes).context(named.clone())?;
     let temporary = tempfile::tempdir()?;
-    let options = HostOptions {
-        store: store.unwrap_or(temporary.path()).to_owned(),
-        compiler: std::env::current_exe()?,
-        deadline: None,
-    };
-    Host::new(&options)?.load(&bytes).with_context(named)
+    let store = store.unwrap_or(temporary.path()).to_owned();
+    let host = Host::new(&HostOptions { store, compiler: program, deadline })?;
+    host.load(&bytes).context(named)
 }
