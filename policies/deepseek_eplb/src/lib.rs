@@ -2,6 +2,7 @@
 //! [`planning::deepseek`], bit for bit; what this adds is the contract, and the mending of its duplicates.
 
 use planning::deepseek::{Request as Sizes, rebalance};
+use planning::greedy::Use;
 use planning::layer::{keep_slots, max_over_mean, moved, rank_loads};
 use planning::repair::repair;
 use policy_guest::group::{Group, invalid};
@@ -9,7 +10,7 @@ use policy_guest::load::{check_windows, newest};
 use policy_guest::placement::{meta, placer};
 use policy_guest::plan::Purse;
 use policy_guest::settings::{Field, Kind, Settings, schema};
-use policy_guest::types::{Error, Layer, Phase, RankState};
+use policy_guest::types::{Error, Layer, Phase};
 
 /// The policy.
 #[derive(Debug)]
@@ -59,7 +60,7 @@ impl meta::Guest for DeepseekEplb {
 impl placer::Guest for DeepseekEplb {
     fn decide(request: placer::Request) -> Result<placer::Plan, Error> {
         let settings = Settings::accepted(FIELDS, &request.context.settings)?;
-        let group = Group::read(&request.topology, &request.model, &request.layers)?;
+        let group = Group::read(&request.topology, &request.model, &request.layers, &request.pins)?;
         expect_what_it_can(&group, &request)?;
         check_windows(&request.windows, &request.layers, group.shape.experts)?;
         let phases: &[Phase] = match settings.choice("phase") {
@@ -77,8 +78,7 @@ impl placer::Guest for DeepseekEplb {
 
 /// The algorithm fills every slot of every rank with whatever it likes.
 fn expect_what_it_can(group: &Group, request: &placer::Request) -> Result<(), Error> {
-    let state = group.states.iter().position(|state| *state != RankState::Active);
-    if let Some(rank) = state {
+    if let Some(rank) = group.uses.iter().position(|used| *used != Use::Active) {
         let message = format!("rank {rank} is not active, and the algorithm fills every rank");
         return Err(Error::Decline(message));
     }

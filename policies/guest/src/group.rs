@@ -3,9 +3,10 @@
 
 use core::fmt::Display;
 
+use planning::greedy::{Ranks, Use};
 use planning::layer::{EMPTY, Shape};
 
-use crate::types::{Error, Layer, Model, RankState, Topology};
+use crate::types::{Error, Layer, Model, Pin, PinKind, RankState, Topology};
 
 /// Ranks, slots and experts of every layer.
 #[derive(Debug, Clone)]
@@ -14,8 +15,10 @@ pub struct Group {
     pub shape: Shape,
     /// Node of each rank.
     pub nodes: Vec<u32>,
+    /// Relative speed of each rank.
+    pub speeds: Vec<f64>,
     /// What may be placed on each rank.
-    pub states: Vec<RankState>,
+    pub uses: Vec<Use>,
     /// Bytes of a replica.
     pub expert_bytes: u64,
 }
@@ -32,7 +35,12 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::InvalidInput`] names what is wrong.
-    pub fn read(topology: &Topology, model: &Model, layers: &[Layer]) -> Result<Self, Error> {
+    pub fn read(
+        topology: &Topology,
+        model: &Model,
+        layers: &[Layer],
+        pins: &[Pin],
+    ) -> Result<Self, Error> {
         let shape = Shape {
             experts: model.experts as usize,
             ranks: topology.ranks.len(),
@@ -57,12 +65,30 @@ impl Group {
                 return Err(invalid(layer, &what));
             }
         }
+        let beyond =
+            |pin: &&Pin| pin.expert as usize >= shape.experts || pin.rank as usize >= shape.ranks;
+        if let Some(Pin { expert, rank, .. }) = pins.iter().find(beyond) {
+            let Shape { experts, ranks, .. } = shape;
+            return Err(Error::InvalidInput(format!(
+                "a pin of expert {expert} and rank {rank}, expected less than {experts} and {ranks}"
+            )));
+        }
         Ok(Self {
             shape,
             nodes: topology.ranks.iter().map(|rank| rank.node).collect(),
-            states: topology.ranks.iter().map(|rank| rank.state).collect(),
+            speeds: topology.ranks.iter().map(|rank| f64::from(rank.speed)).collect(),
+            uses: topology.ranks.iter().map(|rank| used(rank.state)).collect(),
             expert_bytes: model.expert_bytes,
         })
+    }
+
+    /// Fullest over mean of loads, one for each rank; the mean is over ranks that are not lost.
+    #[must_use]
+    pub fn max_over_mean(&self, rank_loads: &[f64]) -> f64 {
+        let working = self.uses.iter().filter(|used| **used != Use::Lost).count();
+        let most = rank_loads.iter().copied().fold(0.0, f64::max);
+        let total: f64 = rank_loads.iter().sum();
+        if total > 0.0 { most * working as f64 / total } else { 1.0 }
     }
 
     /// Nodes, when they are equal runs of ranks; otherwise 1. Planners that think in nodes need that.
@@ -74,6 +100,45 @@ impl Group {
         names.dedup();
         let even = runs.iter().all(|run| run.len() == runs[0].len());
         if even && names.len() == runs.len() { runs.len() } else { 1 }
+    }
+}
+
+fn used(state: RankState) -> Use {
+    match state {
+        RankState::Active => Use::Active,
+        RankState::Draining => Use::Draining,
+        RankState::Lost => Use::Lost,
+    }
+}
+
+/// The pins of one layer as planners take them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pins {
+    /// (expert, rank): replicas that must be there.
+    pub must: Vec<(u32, usize)>,
+    /// (expert, rank): replicas that must not be there.
+    pub never: Vec<(u32, usize)>,
+}
+
+impl Pins {
+    /// Takes those of a layer.
+    #[must_use]
+    pub fn of(layer: u32, pins: &[Pin]) -> Self {
+        let mut of_layer = Self::default();
+        for pin in pins.iter().filter(|pin| pin.layer.is_none_or(|own| own == layer)) {
+            let list = match pin.kind {
+                PinKind::Must => &mut of_layer.must,
+                PinKind::Never => &mut of_layer.never,
+            };
+            list.push((pin.expert, pin.rank as usize));
+        }
+        of_layer
+    }
+
+    /// All that planners need to know of the ranks.
+    #[must_use]
+    pub fn ranks<'a>(&'a self, group: &'a Group) -> Ranks<'a> {
+        Ranks { speeds: &group.speeds, uses: &group.uses, must: &self.must, never: &self.never }
     }
 }
 
@@ -91,7 +156,8 @@ mod tests {
 
     #[test]
     fn nodes_are_counted_where_they_are_equal_runs() {
-        let even = |nodes: &[u32]| Group::read(&topology(nodes), &MODEL, &[]).unwrap().even_nodes();
+        let even =
+            |nodes: &[u32]| Group::read(&topology(nodes), &MODEL, &[], &[]).unwrap().even_nodes();
         assert_eq!(even(&[0, 0, 1, 1]), 2);
         assert_eq!(even(&[4, 4, 2, 2, 7, 7]), 3);
         assert_eq!(even(&[0, 1, 0, 1]), 1);
@@ -99,15 +165,35 @@ mod tests {
     }
 
     #[test]
+    fn the_mean_is_over_ranks_that_are_there() {
+        let mut lost = topology(&[0, 0, 0]);
+        lost.ranks[2].state = RankState::Lost;
+        let group = Group::read(&lost, &MODEL, &[], &[]).unwrap();
+        assert_eq!(group.max_over_mean(&[3.0, 1.0, 0.0]), 1.5);
+        assert_eq!(group.max_over_mean(&[0.0; 3]), 1.0);
+    }
+
+    #[test]
+    fn pins_are_of_a_layer_or_of_all() {
+        let pin = |layer, rank, kind| Pin { layer, expert: 2, rank, kind };
+        let pins = [
+            pin(None, 0, PinKind::Must),
+            pin(Some(5), 1, PinKind::Never),
+            pin(Some(6), 1, PinKind::Must),
+        ];
+        assert_eq!(Pins::of(5, &pins), Pins { must: vec![(2, 0)], never: vec![(2, 1)] });
+    }
+
+    #[test]
     fn what_no_planner_could_take_is_named() {
         let read = |topology: &Topology, placement: &[u32]| {
             let layer = Layer { id: 7, epoch: 1, placement: placement.to_vec() };
-            let error = Group::read(topology, &MODEL, &[layer]).unwrap_err();
+            let error = Group::read(topology, &MODEL, &[layer], &[]).unwrap_err();
             let Error::InvalidInput(message) = error else { panic!("{error:?}") };
             message
         };
         let good = topology(&[0, 0]);
-        assert!(Group::read(&good, &MODEL, &[]).is_ok());
+        assert!(Group::read(&good, &MODEL, &[], &[]).is_ok());
         assert_eq!(read(&good, &[0, 1]), "layer 7: 2 slots, expected 4");
         let found = read(&good, &[0, 1, 3, EMPTY]);
         assert_eq!(found, "layer 7: expert 3 in slot 2, expected less than 3");
@@ -115,5 +201,12 @@ mod tests {
         let mut slow = good;
         slow.ranks[1].speed = f32::NAN;
         assert_eq!(read(&slow, &[]), "rank 1 has speed NaN, expected more than 0");
+        let pin = Pin { layer: None, expert: 0, rank: 2, kind: PinKind::Must };
+        let Err(Error::InvalidInput(message)) =
+            Group::read(&topology(&[0, 0]), &MODEL, &[], &[pin])
+        else {
+            panic!("a rank that does not exist")
+        };
+        assert_eq!(message, "a pin of expert 0 and rank 2, expected less than 3 and 2");
     }
 }

@@ -10,12 +10,13 @@
 #![deny(missing_docs)]
 
 pub mod group;
+pub mod load;
 pub mod settings;
 
 #[cfg(feature = "placement")]
-pub mod load;
-#[cfg(feature = "placement")]
 pub mod plan;
+#[cfg(feature = "placement")]
+pub mod steps;
 
 mod shared {
     wit_bindgen::generate!({

@@ -25,6 +25,7 @@ pub mod engine;
 pub mod example;
 pub mod gate;
 pub mod limits;
+pub mod replay;
 pub mod shipped;
 pub mod store;
 

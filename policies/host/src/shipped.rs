@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::question::Kind;
 
 /// Their names, and what they decide. The first of a kind is the one to begin with.
-pub const POLICIES: [(&str, Kind); 1] = [("deepseek_eplb", Kind::Placement)];
+pub const POLICIES: [(&str, Kind); 2] =
+    [("greedy_swap", Kind::Placement), ("deepseek_eplb", Kind::Placement)];
 
 /// The folder for a program that is in a folder `bin` or in cargo's `debug` or `release`: `share/moeplane/policies` or
 /// `policies` beside that. The first where neither exists.

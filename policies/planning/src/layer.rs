@@ -136,6 +136,12 @@ impl Shape {
     }
 }
 
+/// Loads are finite and not negative.
+pub(crate) fn expect_loads(loads: &[f64]) -> Result<(), PlanError> {
+    let bad = loads.iter().position(|load| !(load.is_finite() && *load >= 0.0));
+    bad.map_or(Ok(()), |index| Err(PlanError::Load { index }))
+}
+
 /// Experts and slots are counted in u32 on the wire; shapes are bounded far below that.
 pub(crate) fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(EMPTY)

@@ -10,6 +10,10 @@
 
 extern crate alloc;
 
+pub mod cost;
 pub mod deepseek;
+pub mod estimate;
+pub mod greedy;
 pub mod layer;
 pub mod repair;
+pub mod settle;

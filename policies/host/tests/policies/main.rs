@@ -6,6 +6,8 @@
 
 mod contract;
 #[cfg(feature = "compiler")]
+mod greedy_swap;
+#[cfg(feature = "compiler")]
 mod hostile;
 #[cfg(feature = "compiler")]
 mod make;

@@ -8,12 +8,12 @@ use policy_host::{Kind, example};
 
 use crate::load_patiently;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_moeplane-policy");
-const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/data");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_moeplane-policy");
+pub(crate) const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/data");
 
 /// Says what is skipped where policies were not built.
 #[expect(clippy::print_stderr, reason = "what is skipped is said")]
-fn built(name: &str) -> Option<Vec<u8>> {
+pub(crate) fn built(name: &str) -> Option<Vec<u8>> {
     let path = file(&folder(Path::new(PROGRAM)), name);
     let bytes = std::fs::read(&path);
     if bytes.is_err() {

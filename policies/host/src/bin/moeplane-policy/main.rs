@@ -6,6 +6,7 @@ mod build;
 mod compile;
 mod config;
 mod golden;
+mod replay;
 
 use std::fs::File;
 use std::io::Read as _;
@@ -41,6 +42,8 @@ enum Command {
     },
     /// Holds the plans of a policy against worked examples of DeepSeek's EPLB, as they are before anything is mended.
     Golden(golden::Arguments),
+    /// Replays placement policies over load windows: each plans on window t and is scored on window t + 1.
+    Replay(replay::Arguments),
     /// Reads a component, writes its code: the process that hosts start.
     #[command(hide = true, name = policy_host::compiler::SUBCOMMAND)]
     CompileChild(compile::Arguments),
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Build(arguments) => build::run(&arguments),
         Command::Check { policy, store } => check(&policy, store.as_deref()),
         Command::Golden(arguments) => golden::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
         Command::CompileChild(arguments) => compile::run(&arguments),
     };
     done.unwrap_or_else(|error| {
