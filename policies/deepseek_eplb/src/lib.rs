@@ -2,14 +2,15 @@
 //! [`planning::deepseek`], bit for bit; what this adds is the contract, and the mending of its duplicates.
 
 use planning::deepseek::{Request as Sizes, rebalance};
-use planning::greedy::Use;
+use planning::greedy::{Objective, Use};
 use planning::layer::{keep_slots, max_over_mean, moved, rank_loads};
 use planning::repair::repair;
 use policy_guest::group::{Group, invalid};
-use policy_guest::load::{check_windows, newest};
+use policy_guest::load::{Costs, Expected, Of, average, check_windows, newest};
 use policy_guest::placement::{meta, placer};
 use policy_guest::plan::Purse;
 use policy_guest::settings::{Field, Kind, Settings, schema};
+use policy_guest::steps::milliseconds;
 use policy_guest::types::{Error, Layer, Phase};
 
 /// The policy.
@@ -72,7 +73,8 @@ impl placer::Guest for DeepseekEplb {
         let load = newest(&request.windows, phases, count)
             .ok_or_else(|| Error::Decline("no window has counted anything".to_owned()))?;
         let planned = plan(&group, &request, &load, settings.flag("repair"))?;
-        Ok(choose(planned, &group, &request))
+        let pricing = Pricing { costs: Costs::read(&request.costs)?, phases, count };
+        Ok(choose(planned, &group, &request, &pricing))
     }
 }
 
@@ -91,6 +93,8 @@ fn expect_what_it_can(group: &Group, request: &placer::Request) -> Result<(), Er
 
 /// A layer planned anew.
 struct Planned<'a> {
+    /// Its place in the request.
+    index: usize,
     layer: &'a Layer,
     slots: Vec<u32>,
     moves: usize,
@@ -118,7 +122,7 @@ fn plan<'a>(
     let repair_nodes = if groups.is_multiple_of(nodes) { nodes } else { 1 };
     let rows = raw.phy2log.chunks(shape.slots()).zip(load.chunks(shape.experts));
     let mut planned = Vec::with_capacity(request.layers.len());
-    for (layer, (slots, load)) in request.layers.iter().zip(rows) {
+    for ((index, layer), (slots, load)) in request.layers.iter().enumerate().zip(rows) {
         let (mut slots, mut duplicates) = (slots.to_vec(), 0);
         let load: Vec<f64> = load.iter().map(|rows| f64::from(*rows)).collect();
         if mend {
@@ -132,6 +136,7 @@ fn plan<'a>(
         let busiest = |ranks: &[f64]| ranks.iter().copied().fold(0.0, f64::max);
         let (before, after) = (ranks(&layer.placement), ranks(&slots));
         planned.push(Planned {
+            index,
             layer,
             moves: moved(&layer.placement, &slots, shape.slots_per_rank),
             duplicates,
@@ -146,9 +151,46 @@ fn plan<'a>(
     Ok(planned)
 }
 
+/// How calls are priced, where something was measured.
+struct Pricing<'a> {
+    costs: Costs,
+    phases: &'a [Phase],
+    /// Windows of a phase.
+    count: usize,
+}
+
+impl Pricing<'_> {
+    fn compare(
+        &self,
+        group: &Group,
+        request: &placer::Request,
+        planned: &Planned<'_>,
+    ) -> Option<placer::Comparison> {
+        let of = Of { index: planned.index, experts: group.shape.experts };
+        let load = |phase: &Phase| {
+            let live = request.windows.iter().rev();
+            let live = live.filter(|w| w.phase == *phase && w.workload.is_empty());
+            average(*phase, "", live.take(self.count).map(|window| (window, 1.0)), of)
+        };
+        let loads: Vec<Expected> = self.phases.iter().filter_map(load).collect();
+        if !self.costs.cover(&loads) {
+            return None;
+        }
+        let phases = self.costs.phases(&loads);
+        let ms = |slots: &[u32]| single(milliseconds(group, &phases, Objective::Sum, slots));
+        let (before, after) = (ms(&planned.layer.placement), ms(&planned.slots));
+        Some(placer::Comparison { before, after })
+    }
+}
+
 /// Layers by what they save, as far as the budget goes. A part of a layer's plan is no plan of the algorithm's, so a
 /// layer changes whole or not at all.
-fn choose(mut planned: Vec<Planned<'_>>, group: &Group, request: &placer::Request) -> placer::Plan {
+fn choose(
+    mut planned: Vec<Planned<'_>>,
+    group: &Group,
+    request: &placer::Request,
+    pricing: &Pricing<'_>,
+) -> placer::Plan {
     planned.sort_by(|a, b| b.saved.total_cmp(&a.saved));
     let mut purse = Purse::of(&request.budget, group.expert_bytes);
     let (mut moves, mut duplicates, mut unaffordable) = (0, 0, 0);
@@ -162,11 +204,11 @@ fn choose(mut planned: Vec<Planned<'_>>, group: &Group, request: &placer::Reques
         duplicates += layer.duplicates;
         changes.push(placer::Change {
             layer: layer.layer.id,
-            placement: layer.slots,
             // The algorithm has no reason for a single move.
             moves: Vec::new(),
             max_over_mean: layer.max_over_mean,
-            milliseconds: None,
+            milliseconds: pricing.compare(group, request, &layer),
+            placement: layer.slots,
         });
     }
     let explanation = format!(

@@ -36,23 +36,53 @@ mod shared {
 /// The records that worlds share.
 pub use shared::moeplane::policy::types;
 
+/// One world. Macros that export live at the root of the crate, where those of several worlds would collide; only a
+/// component needs them, and it has one world.
+macro_rules! world {
+    ($world:literal, $decision:ident) => {
+        #[cfg(target_family = "wasm")]
+        wit_bindgen::generate!({
+            path: "../wit/v0.1",
+            world: $world,
+            with: { "moeplane:policy/types@0.1.0": crate::types },
+            additional_derives: [PartialEq, serde::Serialize, serde::Deserialize],
+            pub_export_macro: true,
+        });
+        #[cfg(not(target_family = "wasm"))]
+        wit_bindgen::generate!({
+            path: "../wit/v0.1",
+            world: $world,
+            with: { "moeplane:policy/types@0.1.0": crate::types },
+            additional_derives: [PartialEq, serde::Serialize, serde::Deserialize],
+        });
+
+        pub use exports::moeplane::policy::{$decision, meta};
+
+        impl From<crate::settings::Issue> for meta::Issue {
+            fn from(issue: crate::settings::Issue) -> Self {
+                Self { path: issue.path, message: issue.message }
+            }
+        }
+    };
+}
+
 /// The world `placement`.
 #[cfg(feature = "placement")]
 #[expect(missing_docs, reason = "generated, and documented in the folder")]
 pub mod placement {
-    wit_bindgen::generate!({
-        path: "../wit/v0.1",
-        world: "placement",
-        with: { "moeplane:policy/types@0.1.0": crate::types },
-        additional_derives: [PartialEq, serde::Serialize, serde::Deserialize],
-        pub_export_macro: true,
-    });
+    world!("placement", placer);
+}
 
-    pub use exports::moeplane::policy::{meta, placer};
+/// The world `routing`.
+#[cfg(feature = "routing")]
+#[expect(missing_docs, reason = "generated, and documented in the folder")]
+pub mod routing {
+    world!("routing", splitter);
+}
 
-    impl From<crate::settings::Issue> for meta::Issue {
-        fn from(issue: crate::settings::Issue) -> Self {
-            Self { path: issue.path, message: issue.message }
-        }
-    }
+/// The world `tactics`.
+#[cfg(feature = "tactics")]
+#[expect(missing_docs, reason = "generated, and documented in the folder")]
+pub mod tactics {
+    world!("tactics", chooser);
 }

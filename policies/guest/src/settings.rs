@@ -47,6 +47,8 @@ pub enum Kind {
     },
     /// One of some words; the first when not given.
     Choice(&'static [&'static str]),
+    /// Numbers of at least 0 by name; none when not given.
+    Weights,
     /// Yes or no.
     Flag {
         /// When not given.
@@ -122,6 +124,12 @@ impl Settings {
         self.values.get(name).and_then(Value::as_str).unwrap_or_default()
     }
 
+    /// A number of at least 0 by its name; absent when not given.
+    #[must_use]
+    pub fn weight(&self, name: &str, of: &str) -> Option<f64> {
+        self.values.get(name)?.get(of)?.as_f64()
+    }
+
     /// A flag of the table.
     #[must_use]
     pub fn flag(&self, name: &str) -> bool {
@@ -135,6 +143,7 @@ impl Kind {
             Self::Number { default, .. } => json!(default),
             Self::Integer { default, .. } => json!(default),
             Self::Choice(words) => json!(words.first()),
+            Self::Weights => json!({}),
             Self::Flag { default } => json!(default),
         }
     }
@@ -154,6 +163,11 @@ impl Kind {
                 value.as_str().is_some_and(|word| words.contains(&word)),
                 format!("one of {}", words.join(", ")),
             ),
+            Self::Weights => {
+                let weight = |w: &Value| w.as_f64().is_some_and(|w| w >= 0.0);
+                let good = value.as_object().is_some_and(|names| names.values().all(weight));
+                (good, "an object of numbers of at least 0".to_owned())
+            }
             Self::Flag { .. } => (value.is_boolean(), "true or false".to_owned()),
         };
         (!good).then(|| format!("got {value}, expected {expected}"))
@@ -168,6 +182,9 @@ impl Kind {
                 json!({"type": "integer", "minimum": min, "maximum": max})
             }
             Self::Choice(words) => json!({"enum": words}),
+            Self::Weights => {
+                json!({"type": "object", "additionalProperties": {"type": "number", "minimum": 0}})
+            }
             Self::Flag { .. } => json!({"type": "boolean"}),
         };
         schema["default"] = self.default();
@@ -201,11 +218,14 @@ mod tests {
         },
         Field { name: "phase", kind: Kind::Choice(&["all", "decode"]), about: "which" },
         Field { name: "repair", kind: Kind::Flag { default: true }, about: "duplicates" },
+        Field { name: "mix", kind: Kind::Weights, about: "workloads" },
     ];
 
     #[test]
     fn what_is_not_given_is_the_default() {
-        let settings = Settings::read(TABLE, r#"{"steps":2}"#).unwrap();
+        let settings = Settings::read(TABLE, r#"{"steps":2,"mix":{"books":0.5}}"#).unwrap();
+        let weights = ["books", "laws"].map(|name| settings.weight("mix", name));
+        assert_eq!(weights, [Some(0.5), None]);
         assert_eq!((settings.integer("steps"), settings.number("zone")), (2, 1.1));
         assert_eq!((settings.choice("phase"), settings.flag("repair")), ("all", true));
         let schema: Value = serde_json::from_str(&schema(TABLE)).unwrap();
@@ -216,12 +236,12 @@ mod tests {
 
     #[test]
     fn every_issue_names_value_and_expectation() {
-        let text = r#"{"steps":0,"zone":"x","phase":"none","repair":1,"stepps":2}"#;
+        let text = r#"{"steps":0,"zone":"x","phase":"none","repair":1,"mix":{"a":-1},"stepps":2}"#;
         let issues = Settings::read(TABLE, text).unwrap_err();
         let paths: Vec<&str> = issues.iter().map(|issue| issue.path.as_str()).collect();
-        assert_eq!(paths, ["/steps", "/zone", "/phase", "/repair", "/stepps"]);
+        assert_eq!(paths, ["/steps", "/zone", "/phase", "/repair", "/mix", "/stepps"]);
         assert_eq!(issues[0].message, "got 0, expected a whole number from 1 to 9");
-        assert!(issues[4].message.contains("steps, zone"), "{}", issues[4].message);
+        assert!(issues[5].message.contains("steps, zone"), "{}", issues[5].message);
         for text in ["", "[]", "7"] {
             assert!(Settings::read(TABLE, text).unwrap_err()[0].message.contains("JSON object"));
         }

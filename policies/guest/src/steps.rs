@@ -139,11 +139,11 @@ fn total(group: &Group, work: &Work<'_>) -> Vec<f64> {
 
 fn change(group: &Group, costs: &Costs, work: &Work<'_>, found: &Found) -> Change {
     let (before, after) = (&work.layer.placement, &found.plan.slots);
-    let phases = costs.phases(&work.loads);
     let compare = |of: &dyn Fn(&[u32]) -> f64| Comparison {
         before: single(of(before)),
         after: single(of(after)),
     };
+    let phases = costs.phases(&work.loads);
     let milliseconds = costs
         .cover(&work.loads)
         .then(|| compare(&|slots| milliseconds(group, &phases, work.options.objective, slots)));
@@ -156,8 +156,9 @@ fn change(group: &Group, costs: &Costs, work: &Work<'_>, found: &Found) -> Chang
     }
 }
 
-/// Of a mean call; of the slowest where any workload may come.
-fn milliseconds(
+/// Milliseconds of a mean call; of the slowest where any workload may come.
+#[must_use]
+pub fn milliseconds(
     group: &Group,
     phases: &[PhaseLoad<'_>],
     objective: Objective,

@@ -6,8 +6,13 @@ use std::path::{Path, PathBuf};
 use crate::question::Kind;
 
 /// Their names, and what they decide. The first of a kind is the one to begin with.
-pub const POLICIES: [(&str, Kind); 2] =
-    [("greedy_swap", Kind::Placement), ("deepseek_eplb", Kind::Placement)];
+pub const POLICIES: [(&str, Kind); 5] = [
+    ("greedy_swap", Kind::Placement),
+    ("deepseek_eplb", Kind::Placement),
+    ("min_max_mix", Kind::Placement),
+    ("locality_split", Kind::Routing),
+    ("measured_table", Kind::Tactics),
+];
 
 /// The folder for a program that is in a folder `bin` or in cargo's `debug` or `release`: `share/moeplane/policies` or
 /// `policies` beside that. The first where neither exists.

@@ -10,6 +10,7 @@
 
 extern crate alloc;
 
+pub mod choose;
 pub mod cost;
 pub mod deepseek;
 pub mod estimate;
@@ -17,3 +18,4 @@ pub mod greedy;
 pub mod layer;
 pub mod repair;
 pub mod settle;
+pub mod split;

@@ -48,6 +48,8 @@ enum Command {
     CompileKernels,
     /// Builds the policies that come with moeplane, into the folder `policies` beside the programs.
     Policies,
+    /// Times policies linked in and as components: plans of DeepSeek-V3's sizes, and tables of tactics.
+    BenchPolicies,
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     #[command(disable_help_flag = true)]
     CheckCases(Rest),
@@ -118,6 +120,7 @@ fn run(command: Command) -> Result<bool> {
             Ok(compile.arg("compile-kernels").status()?.success())
         }
         Command::Policies => policies::run(),
+        Command::BenchPolicies => policies::bench(),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),
         Command::Conformance(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/cases.json").into_os_string());

@@ -1,4 +1,4 @@
-//! `cargo xtask policies`: every crate under `policies` that makes a module becomes a component.
+//! `cargo xtask policies` and `bench-policies`: every crate under `policies` that makes a module becomes a component.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,15 @@ pub(crate) fn run() -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Builds everything anew with all optimisation, and times it.
+pub(crate) fn bench() -> Result<bool> {
+    if !run()? {
+        return Ok(false);
+    }
+    let mut bench = cargo(&["bench", "--quiet", "--locked", "--bench", "policies"]);
+    Ok(bench.args(WITH_COMPILER).status()?.success())
 }
 
 /// Name and folder of the crates that make modules.

@@ -4,6 +4,8 @@
     expect(clippy::unwrap_used, reason = "a test that cannot go on fails")
 )]
 
+#[cfg(feature = "compiler")]
+mod agreement;
 mod contract;
 #[cfg(feature = "compiler")]
 mod greedy_swap;
@@ -12,7 +14,15 @@ mod hostile;
 #[cfg(feature = "compiler")]
 mod make;
 #[cfg(feature = "compiler")]
+mod mixture;
+#[cfg(feature = "compiler")]
+mod question;
+#[cfg(feature = "compiler")]
+mod routing;
+#[cfg(feature = "compiler")]
 mod shipped;
+#[cfg(feature = "compiler")]
+mod tactics;
 
 #[cfg(feature = "compiler")]
 use {
