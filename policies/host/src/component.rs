@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use wasmtime::component::{
     Component as Code, ComponentExportIndex, ComponentNamedList, InstancePre, Lift, Linker, Lower,
 };
-use wasmtime::{Engine, PoolConcurrencyLimitError, ResourceLimiter, Store, Trap, WasmBacktrace};
+use wasmtime::{Engine, ResourceLimiter, Store, Trap, WasmBacktrace};
 
 use crate::check;
 use crate::contract::meta::{Info, Issue};
@@ -177,7 +177,7 @@ impl Component {
         // so one more is granted.
         let ticks = deadline.as_nanos() / TICK.as_nanos() + 1;
         store.set_epoch_deadline(u64::try_from(ticks).unwrap_or(u64::MAX));
-        let running = self.runtime.ticker.run();
+        let running = self.runtime.ticker.run().ok_or(Verdict::Busy { limit: CALLS_MAX })?;
         let limits = Limits { deadline, began };
         let verdict = |error, store: &Store<Limiter>| self.verdict(&error, store.data(), &limits);
         let instance = match self.instance.instantiate(&mut store) {
@@ -201,9 +201,6 @@ impl Component {
         let profile = &self.profile;
         if let Some(asked) = limiter.refused {
             return Verdict::Memory { limit: profile.memory_bytes as u64, asked: asked as u64 };
-        }
-        if error.is::<PoolConcurrencyLimitError>() {
-            return Verdict::Busy { limit: CALLS_MAX };
         }
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         match error.downcast_ref::<Trap>() {
@@ -236,10 +233,17 @@ fn broken(error: wasmtime::Error) -> Verdict {
     Verdict::Instantiate { reason: format!("{error:#}") }
 }
 
-/// The trap and the functions that led to it, innermost first, where the component kept their names.
+/// The trap, and the functions that led to it, innermost first, where the component kept their names; without those by which
+/// Rust panics, which say nothing of the policy.
 fn trapped(trap: Trap, error: &wasmtime::Error) -> String {
     let frames = error.downcast_ref::<WasmBacktrace>().map_or(&[][..], WasmBacktrace::frames);
-    let names: Vec<&str> = frames.iter().filter_map(|frame| frame.func_name()).collect();
+    let names = frames.iter().filter_map(|frame| frame.func_name());
+    let names = names.map(|name| format!("{:#}", rustc_demangle::demangle(name)));
+    let of_policy = |name: &String| {
+        let machinery = ["__rust", "rust_", "std::panicking", "core::panicking", "std::sys"];
+        !machinery.iter().any(|part| name.starts_with(part))
+    };
+    let names: Vec<String> = names.filter(of_policy).collect();
     if names.is_empty() { trap.to_string() } else { format!("{trap} in {}", names.join(" < ")) }
 }
 

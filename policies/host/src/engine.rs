@@ -125,14 +125,17 @@ impl Ticker {
         Ok(Self { state, thread: Some(thread) })
     }
 
-    /// Ticks come until the guard is dropped.
-    pub(crate) fn run(&self) -> Running<'_> {
+    /// Ticks come until the guard is dropped; none when as many calls run as may.
+    pub(crate) fn run(&self) -> Option<Running<'_>> {
         let mut calls = self.state.lock();
+        if calls.running == CALLS_MAX {
+            return None;
+        }
         calls.running += 1;
         if calls.running == 1 {
             self.state.changed.notify_one();
         }
-        Running { ticker: self }
+        Some(Running { ticker: self })
     }
 }
 

@@ -133,6 +133,15 @@ pub struct Outcome {
     pub fuel: u64,
 }
 
+impl Outcome {
+    /// Whether another replay came to the same. Times may differ.
+    #[must_use]
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.max_over_mean == other.max_over_mean
+            && (self.moved, self.fuel) == (other.moved, other.fuel)
+    }
+}
+
 /// Who plans in a replay.
 pub enum Planner<'a> {
     /// Nobody: the placement that workers start with stays.

@@ -12,6 +12,7 @@ use crate::build::{
     WITH_COMPILER, build_programs, cargo, delete_programs, has_nextest, root, target,
 };
 use crate::nvrtc::with_nvrtc;
+use crate::wasm::with_target;
 
 /// Checks and tests that passed and failed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +74,8 @@ fn steps() -> Result<Vec<(&'static str, Command)>> {
     guests.arg("policies");
     let mut policies = test();
     policies.arg("--locked").args(WITH_COMPILER);
+    // Its tests build policies as authors do.
+    with_target(&mut policies)?;
     let mut demo = Command::new(target()?.join("debug/moeplane-cases"));
     demo.args(["demo", "--once", "--seconds", "4"]).arg(root().join("tests/data/tiny-kjv-moe"));
     let mut kernels = Command::new(target()?.join("debug/moeplane-cases"));

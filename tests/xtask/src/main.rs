@@ -50,6 +50,10 @@ enum Command {
     Policies,
     /// Times policies linked in and as components: plans of DeepSeek-V3's sizes, and tables of tactics.
     BenchPolicies,
+    /// Builds and asks the templates of policies in Python and JavaScript, with tools that it gets by pip and npm.
+    PolicyTemplates,
+    /// Ten thousand components that mean harm: memory returns to where it was.
+    HostilePolicies,
     /// Runs every case folder under a folder, of the form of tests/data/moe-golden.
     #[command(disable_help_flag = true)]
     CheckCases(Rest),
@@ -121,6 +125,8 @@ fn run(command: Command) -> Result<bool> {
         }
         Command::Policies => policies::run(),
         Command::BenchPolicies => policies::bench(),
+        Command::PolicyTemplates => policies::templates(),
+        Command::HostilePolicies => policies::hostile(),
         Command::CheckCases(Rest { arguments }) => cases("check-cases", arguments),
         Command::Conformance(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/cases.json").into_os_string());

@@ -157,8 +157,49 @@ fn an_answer_outside_the_memory_or_of_no_known_form_is_a_verdict() {
 }
 
 #[test]
-fn a_trap_is_a_verdict() {
-    assert!(matches!(verdict(&Guest::tactics("unreachable")), Verdict::Trap { .. }));
+fn a_trap_is_told_with_the_functions_that_led_to_it() {
+    let more = "(func $inner unreachable) (func $outer (call $inner))".to_owned();
+    let trap = verdict(&Guest { more, ..Guest::tactics("(call $outer) (i32.const 2048)") });
+    let Verdict::Trap { reason } = &trap else { panic!("{trap}") };
+    assert!(reason.contains("`unreachable` instruction executed in inner < outer"), "{reason}");
+}
+
+/// Spins when the seed is not that of the example.
+const SPINS_WHEN_ASKED: &str = "(if (i64.ne (i64.load offset=8 (local.get 0)) (i64.const 1)) (then (loop (br 0)))) i32.const 2048";
+
+#[test]
+fn those_that_spin_hold_nobody_up_until_as_many_run_as_may() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = host(folder.path(), Some(Duration::from_secs(3)));
+    let guest = Guest { decide: SPINS_WHEN_ASKED.to_owned(), ..Guest::placement() };
+    let policy = host.load(&guest.build()).unwrap();
+    let quick = example::placement("{}");
+    let mut endless = example::placement("{}");
+    endless.context.seed = 2;
+    let busy = |verdict: &Verdict| *verdict == Verdict::Busy { limit: 8 };
+    std::thread::scope(|scope| {
+        // A quick call may hold the last place for a moment.
+        let spin = || loop {
+            let verdict = policy.decide(&endless).unwrap_err();
+            if !busy(&verdict) {
+                return verdict;
+            }
+        };
+        let first = scope.spawn(spin);
+        policy.decide(&quick).unwrap();
+        let others: Vec<_> = (1..8).map(|_| scope.spawn(spin)).collect();
+        let began = std::time::Instant::now();
+        while policy.decide(&quick).map_or_else(|verdict| !busy(&verdict), |_| true) {
+            assert!(began.elapsed() < Duration::from_secs(60), "never busy");
+        }
+        for spinning in others.into_iter().chain([first]) {
+            let ended = spinning.join().unwrap();
+            // Alone on a fast processor, one may use up its fuel before.
+            let expected = matches!(ended, Verdict::Deadline { .. } | Verdict::Fuel { .. });
+            assert!(expected, "{ended}");
+        }
+    });
+    policy.decide(&quick).unwrap();
 }
 
 /// A plan of one change: a placement of layer 1, and its balance afterwards.
@@ -248,6 +289,17 @@ const SLACK_KB: u64 = 32 << 10;
 
 #[test]
 fn memory_returns_after_hundreds_of_them() {
+    assert_memory_returns(500);
+}
+
+/// `cargo xtask hostile-policies`
+#[test]
+#[ignore = "takes half a minute"]
+fn memory_returns_after_ten_thousand_of_them() {
+    assert_memory_returns(10_000);
+}
+
+fn assert_memory_returns(rounds: usize) {
     let (host, _folder) = patient();
     let mut deep = Guest::tactics("(call $deep (i32.const 0))");
     deep.more =
@@ -273,7 +325,7 @@ fn memory_returns_after_hundreds_of_them() {
     };
     round(100);
     let before = resident_kb();
-    round(500);
+    round(rounds);
     let after = resident_kb();
     assert!(after <= before + SLACK_KB, "{before} kB before, {after} kB after");
 }

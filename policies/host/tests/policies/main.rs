@@ -6,6 +6,8 @@
 
 #[cfg(feature = "compiler")]
 mod agreement;
+#[cfg(feature = "compiler")]
+mod authors;
 mod contract;
 #[cfg(feature = "compiler")]
 mod greedy_swap;

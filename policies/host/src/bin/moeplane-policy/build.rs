@@ -1,11 +1,9 @@
-//! `build`: cargo makes a module of a crate, and wit-component a component of the module. Whether that is a policy, the
-//! gate says; what it is worth, `check`.
+//! Policies in Rust: cargo makes a module of a crate, and wit-component a component of the module.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use policy_host::gate;
 use serde_json::Value;
 use wit_component::ComponentEncoder;
 
@@ -19,36 +17,10 @@ const TARGET: &str = "wasm32-unknown-unknown";
 const PROFILE: [&str; 5] =
     ["opt-level=3", "lto=true", "codegen-units=1", "debug=false", "strip=\"debuginfo\""];
 
-#[derive(clap::Args)]
-pub(crate) struct Arguments {
-    /// The crate's folder.
-    #[arg(default_value = ".")]
-    folder: PathBuf,
-    /// The component; NAME.wasm in the crate's folder if not given.
-    #[arg(long)]
-    output: Option<PathBuf>,
-}
-
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let manifest = arguments.folder.join("Cargo.toml");
-    ensure!(manifest.is_file(), "{} does not exist, expected a crate's folder", manifest.display());
-    let module = module(&manifest)?;
-    let component = encode(&module)
-        .with_context(|| format!("{} cannot become a component", module.display()))?;
-    let passed = gate::check(&component)?;
-    let name = module.with_extension("wasm");
-    let name = name.file_name().context("a module without a name")?;
-    let output = arguments.output.clone().unwrap_or_else(|| arguments.folder.join(name));
-    // An unchanged file keeps its time, so that nothing is done again because of it.
-    if std::fs::read(&output).ok().as_ref() != Some(&component) {
-        if let Some(folder) = output.parent() {
-            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        }
-        std::fs::write(&output, &component).with_context(|| output.display().to_string())?;
-    }
-    let (world, bytes) = (passed.kind.world(), component.len());
-    println!("{}: a {world} policy, {bytes} bytes", output.display());
-    Ok(ExitCode::SUCCESS)
+/// The component of the crate with this manifest.
+pub(crate) fn component(manifest: &Path) -> Result<Vec<u8>> {
+    let module = module(manifest)?;
+    encode(&module).with_context(|| format!("{} cannot become a component", module.display()))
 }
 
 /// The module that cargo makes. What it has to say goes to the error output.

@@ -5,7 +5,6 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use policy_host::Component;
@@ -15,9 +14,6 @@ use policy_host::contract::types::{
     Context as About, Layer, Model, Phase, Rank, RankState, Topology, Window,
 };
 use serde::Deserialize;
-
-/// Fuel is what bounds these calls.
-const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Sums of the examples may have been made in another precision.
 const TOLERANCE: f64 = 1e-6;
@@ -55,7 +51,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let text = std::fs::read(&arguments.file).with_context(named)?;
     let cases: Vec<Case> = serde_json::from_slice(&text).with_context(named)?;
     ensure!(!cases.is_empty(), "{} has no case", named());
-    let policy = crate::load(&arguments.policy, None, Some(DEADLINE))?;
+    let policy = crate::load(&arguments.policy, None, Some(crate::PATIENCE))?;
     policy.validate(&arguments.settings)?;
     let mut equal = 0;
     for case in &cases {

@@ -2,6 +2,8 @@
 //! prints; each larger subcommand is a module.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
 
+mod ask;
+mod author;
 mod build;
 mod compile;
 mod config;
@@ -19,6 +21,9 @@ use clap::{Parser, Subcommand};
 use policy_host::limits::COMPONENT_BYTES_MAX;
 use policy_host::{Component, Host, HostOptions, gate, shipped};
 
+/// Fuel is what bounds calls that are compared with others, whatever else the machine does.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Checks, compiles and tries policies of moeplane.
 #[derive(Parser)]
 #[command(name = "moeplane-policy", version)]
@@ -29,8 +34,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Makes the component of a crate in Rust that is a policy.
-    Build(build::Arguments),
+    /// Makes the folder of a policy that works: the place to begin.
+    New(author::NewArguments),
+    /// Makes the component of a policy's folder.
+    Build(author::BuildArguments),
     /// Says whether a file is a policy that moeplane runs, and what it says of itself. Compiles it, and asks it the
     /// example questions twice.
     Check {
@@ -40,6 +47,13 @@ enum Command {
         #[arg(long)]
         store: Option<PathBuf>,
     },
+    /// Asks a policy requests from files, each twice: answers must keep the contract, be the same, and be those on record;
+    /// with recorded windows, it also plans on each of them.
+    Test(ask::TestArguments),
+    /// Times a policy: median, 99th percentile, fuel.
+    Bench(ask::BenchArguments),
+    /// Shows a decision with its reasons.
+    Explain(ask::ExplainArguments),
     /// Holds the plans of a policy against worked examples of DeepSeek's EPLB, as they are before anything is mended.
     Golden(golden::Arguments),
     /// Replays placement policies over load windows: each plans on window t and is scored on window t + 1.
@@ -51,8 +65,12 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
-        Command::Build(arguments) => build::run(&arguments),
+        Command::New(arguments) => author::new(&arguments),
+        Command::Build(arguments) => author::build(&arguments),
         Command::Check { policy, store } => check(&policy, store.as_deref()),
+        Command::Test(arguments) => ask::test(&arguments),
+        Command::Bench(arguments) => ask::bench(&arguments),
+        Command::Explain(arguments) => ask::explain(&arguments),
         Command::Golden(arguments) => golden::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
         Command::CompileChild(arguments) => compile::run(&arguments),

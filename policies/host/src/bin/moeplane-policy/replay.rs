@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -11,9 +10,6 @@ use policy_host::Component;
 use policy_host::contract::types::{CostPoint, Phase};
 use policy_host::replay::{Cluster, Outcome, Planner, Row, Trace, table};
 use serde_json::json;
-
-/// Fuel is what bounds these calls.
-const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Bytes a second that an H200 reaches when it reads weights.
 const READ_BYTES_PER_SECOND: f64 = 4.0e12;
@@ -95,7 +91,7 @@ impl Asked {
             Some(at) => (&text[..at], &text[at + 1..]),
             None => (text, "{}"),
         };
-        let policy = crate::load(Path::new(name), None, Some(DEADLINE))?;
+        let policy = crate::load(Path::new(name), None, Some(crate::PATIENCE))?;
         policy.validate(settings).with_context(|| name.to_owned())?;
         Ok(Self { name: name.to_owned(), settings: settings.to_owned(), policy })
     }
@@ -167,14 +163,38 @@ fn rows(
     Ok(replayed.iter().map(row).collect())
 }
 
-fn cluster(arguments: &Arguments, trace: &Trace) -> Result<Cluster> {
-    let weights = 3.0 * f64::from(arguments.hidden) * f64::from(arguments.intermediate);
-    let expert_bytes = weights * BYTES_PER_WEIGHT;
-    let mut cost = Roofline {
+/// The group that a trace is tried on, where nobody said anything else: eight ranks, a slot for each expert and what makes
+/// slots even.
+pub(crate) fn cluster_of(trace: &Trace) -> Cluster {
+    const RANKS: usize = 8;
+    let limits = of_h200(2048, 1408);
+    Cluster {
+        ranks: RANKS,
+        slots: trace.experts.next_multiple_of(RANKS),
+        nodes: 1,
+        expert_groups: 1,
+        expert_bytes: limits.0,
+        phase: Phase::Prefill,
+        call_tokens: 16384,
+        cost: limits.1,
+        told: Vec::new(),
+    }
+}
+
+/// Bytes of an expert in NVFP4, and the limits of an H200 for it.
+fn of_h200(hidden: u32, intermediate: u32) -> (u64, Roofline) {
+    let weights = 3.0 * f64::from(hidden) * f64::from(intermediate);
+    let bytes = weights * BYTES_PER_WEIGHT;
+    let cost = Roofline {
         fixed_ms: 0.0,
-        ms_per_active: expert_bytes * 1e3 / READ_BYTES_PER_SECOND,
+        ms_per_active: bytes * 1e3 / READ_BYTES_PER_SECOND,
         ms_per_pair: 2.0 * weights * 1e3 / FLOPS_PER_SECOND,
     };
+    (whole(bytes), cost)
+}
+
+fn cluster(arguments: &Arguments, trace: &Trace) -> Result<Cluster> {
+    let (expert_bytes, mut cost) = of_h200(arguments.hidden, arguments.intermediate);
     let mut told: Vec<CostPoint> = Vec::new();
     let phase = Phase::from(arguments.phase);
     if let Some(path) = &arguments.costs {
@@ -198,7 +218,7 @@ fn cluster(arguments: &Arguments, trace: &Trace) -> Result<Cluster> {
         slots: arguments.slots.unwrap_or(trace.experts),
         nodes: arguments.nodes,
         expert_groups: arguments.expert_groups,
-        expert_bytes: whole(expert_bytes),
+        expert_bytes,
         phase,
         call_tokens: arguments.call_tokens,
         cost,
