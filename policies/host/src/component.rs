@@ -168,6 +168,8 @@ impl Component {
         let began = Instant::now();
         let profile = &self.profile;
         let deadline = self.runtime.deadline.unwrap_or(deadline);
+        // Held until the instance is back in the pool: dropped after the store.
+        let _running = self.runtime.ticker.run().ok_or(Verdict::Busy { limit: CALLS_MAX })?;
         let mut store = Store::new(&self.runtime.engine, Limiter::new(profile));
         store.limiter(|limiter| limiter);
         store.set_hostcall_fuel(profile.output_bytes);
@@ -177,7 +179,6 @@ impl Component {
         // so one more is granted.
         let ticks = deadline.as_nanos() / TICK.as_nanos() + 1;
         store.set_epoch_deadline(u64::try_from(ticks).unwrap_or(u64::MAX));
-        let running = self.runtime.ticker.run().ok_or(Verdict::Busy { limit: CALLS_MAX })?;
         let limits = Limits { deadline, began };
         let verdict = |error, store: &Store<Limiter>| self.verdict(&error, store.data(), &limits);
         let instance = match self.instance.instantiate(&mut store) {
@@ -192,7 +193,6 @@ impl Component {
         let function = instance.get_typed_func::<P, R>(&mut store, export).map_err(broken)?;
         let value =
             function.call(&mut store, parameters).map_err(|error| verdict(error, &store))?;
-        drop(running);
         let left = store.get_fuel().map_err(preparing)?;
         Ok(Answer { value, fuel: profile.fuel - left, elapsed: began.elapsed() })
     }
