@@ -11,6 +11,7 @@ mod exchange;
 mod gate;
 mod metrics;
 mod placements;
+mod proposals;
 mod repeat;
 mod tag;
 mod tokens;
@@ -71,6 +72,8 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(placements::placements))
         .routes(routes!(placements::placement))
         .routes(routes!(placements::epochs))
+        .routes(routes!(proposals::proposals, proposals::propose))
+        .routes(routes!(proposals::proposal))
         .routes(routes!(exchange::export))
         .routes(routes!(exchange::import))
         .routes(routes!(windows::windows, windows::close))

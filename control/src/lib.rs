@@ -16,6 +16,8 @@ mod exchange;
 mod fleet;
 pub mod limits;
 mod placing;
+mod policies;
+mod proposing;
 mod serve;
 mod session;
 mod state;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::serve::ListenerExt;
-use policy_host::shipped;
+use policy_host::{Verdict, shipped};
 use protocol::placement::FileError;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -23,6 +23,7 @@ use crate::limits::{
     ANSWER_HOURS, FAREWELL_SECONDS, FORGET_SECONDS, SESSIONS_MAX, SETTLED_TICK_MS,
 };
 use crate::placing::PlacementFile;
+use crate::policies::Policies;
 use crate::state::{State, now_ms};
 use crate::store::audit::Entry;
 use crate::store::tokens::NewToken;
@@ -64,6 +65,9 @@ pub enum ServeError {
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The sandbox of policies.
+    #[error("policies cannot be run")]
+    Policies(#[from] Verdict),
     /// The address.
     #[error("cannot listen at {address}")]
     Listen {
@@ -133,6 +137,7 @@ impl Server {
             let folder = config.policies.display();
             tracing::warn!(%folder, ?absent, "policies are absent: cargo xtask policies makes them");
         }
+        let policies = Policies::open(&data, config.policies.clone())?;
         let mut fleet = Fleet::default();
         for worker in store.workers().await? {
             fleet.remember(worker.register, (worker.first_seen_ms, worker.last_seen_ms));
@@ -143,7 +148,7 @@ impl Server {
         let listener = TcpListener::bind(listen).await.map_err(refused)?;
         let bound = listener.local_addr().map_err(refused)?;
         let (stop, stopped) = watch::channel(false);
-        let state = Arc::new(State::new((config, files), store, stopped, fleet));
+        let state = Arc::new(State::new((config, files), (store, policies), stopped, fleet));
         let address = data.join(ADDRESS);
         // Whole or not at all: somebody may be waiting for it.
         let beside = data.join(format!("{ADDRESS}.new"));

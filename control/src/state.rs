@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX, SESSIONS_MAX, SETTLED_MS, WATCHERS_MAX};
 use crate::placing::PlacementFile;
+use crate::policies::Policies;
 use crate::store::Store;
 
 pub(crate) type Shared = Arc<State>;
@@ -21,6 +22,7 @@ pub(crate) struct State {
     /// Placements by group, from files.
     pub(crate) files: BTreeMap<String, PlacementFile>,
     pub(crate) store: Store,
+    pub(crate) policies: Arc<Policies>,
     /// True once control ends.
     pub(crate) stop: watch::Receiver<bool>,
     fleet: Mutex<Fleet>,
@@ -36,16 +38,17 @@ pub(crate) struct State {
 impl State {
     pub(crate) fn new(
         (config, files): (Config, BTreeMap<String, PlacementFile>),
-        store: Store,
+        (store, policies): (Store, Policies),
         stop: watch::Receiver<bool>,
         fleet: Fleet,
     ) -> Self {
+        let policies = Arc::new(policies);
         let per_second = config.requests_per_second;
         let rates = Mutex::new(Rates::new(per_second, per_second.saturating_mul(BURST_SECONDS)));
         let (fleet, running) = (Mutex::new(fleet), Mutex::default());
         let sessions = Arc::new(Semaphore::new(SESSIONS_MAX as usize));
         let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
-        Self { config, files, store, stop, fleet, rates, running, sessions, watchers }
+        Self { config, files, store, policies, stop, fleet, rates, running, sessions, watchers }
     }
 
     /// Who is there. Never held over a wait.

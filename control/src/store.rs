@@ -4,6 +4,7 @@ pub(crate) mod answers;
 pub(crate) mod audit;
 pub(crate) mod events;
 pub(crate) mod placements;
+pub(crate) mod proposals;
 pub(crate) mod tokens;
 pub(crate) mod windows;
 
@@ -66,6 +67,15 @@ pub enum StoreError {
         layer: u32,
         /// The epoch.
         epoch: i64,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The same.
+    #[error("the proposal {id} cannot be read")]
+    Proposal {
+        /// Its name.
+        id: String,
         /// Why.
         #[source]
         source: serde_json::Error,

@@ -13,6 +13,7 @@ mod failures;
 mod field;
 mod groups;
 mod placements;
+mod proposals;
 mod raw;
 mod shutdown;
 

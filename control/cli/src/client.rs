@@ -29,6 +29,8 @@ pub(crate) enum Failed {
     NoToken,
     #[error("{what} is not set, expected {expected}")]
     Missing { what: &'static str, expected: String },
+    #[error("{what} is {value}, expected {expected}")]
+    Value { what: &'static str, value: String, expected: &'static str },
     #[error("control at {url} is not reached")]
     Reach { url: String, source: ureq::Error },
     #[error("control at {url} answers what is not understood")]
@@ -46,9 +48,10 @@ impl Failed {
             Self::NoToken | Self::Refused { status: 401 | 403, .. } => 3,
             Self::Refused { status: 429 | 500.., .. } => 1,
             Self::Refused { .. } => 2,
-            Self::Missing { .. } | Self::Read { .. } | Self::Certificate { .. } => {
-                settings::BAD_CONFIG
-            }
+            Self::Missing { .. }
+            | Self::Value { .. }
+            | Self::Read { .. }
+            | Self::Certificate { .. } => settings::BAD_CONFIG,
             _ => 1,
         }
     }

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use crate::client::{Client, Failed, path};
 use crate::table::{self, Column};
-use crate::{Command, Group, Token};
+use crate::{Command, Format, Group, Propose, Token};
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
 struct Shown<'a, W> {
@@ -55,6 +56,16 @@ pub(crate) fn run(
             let group = shown.group(group)?;
             shown.placement(&group, layer)
         }
+        Command::Propose(propose) => shown.propose(propose),
+        Command::Proposals { group, limit } => {
+            let group = shown.group(group)?;
+            let all = shown.pages(&path(&["groups", &group, "proposals"]), limit.into())?;
+            shown.list(&all, PROPOSALS, "nothing has been proposed yet")
+        }
+        Command::Diff { id } => {
+            let proposal = shown.client.get(&path(&["proposals", &id]))?;
+            shown.proposal(&proposal)
+        }
         Command::Import { file, group, format, dry_run, reason } => {
             let text = match fs::read_to_string(&file) {
                 Ok(text) => text,
@@ -69,14 +80,7 @@ pub(crate) fn run(
         }
         Command::Export { group, format, out } => {
             let group = shown.group(group)?;
-            let export = path(&["groups", &group, "export"]);
-            let text = shown.client.text(&format!("{export}?format={}", format.name()))?;
-            match out {
-                None => Ok(shown.out.write_all(text.as_bytes())?),
-                Some(path) => {
-                    fs::write(&path, text).map_err(|source| Failed::Write { path, source })
-                }
-            }
+            shown.export(&group, format, out)
         }
         Command::Token(token) => shown.token(token),
         Command::Audit { limit } => {
@@ -141,6 +145,31 @@ const EPOCHS: &[Column] = &[
     ("MADE", "/made_ms"),
     ("SLOTS A RANK", "/slots_per_rank"),
     ("EXPERT OF EACH SLOT", "/phy2log"),
+];
+const PROPOSALS: &[Column] = &[
+    ("MADE", "/made_ms"),
+    ("POLICY", "/policy"),
+    ("MOVED", "/moved"),
+    ("BYTES", "/bytes"),
+    ("ID", "/id"),
+    ("EXPLANATION", "/explanation"),
+];
+const CHANGES: &[Column] = &[
+    ("LAYER", "/layer"),
+    ("EPOCH", "/epoch"),
+    ("MAX/MEAN", "/max_over_mean/before"),
+    ("THEN", "/max_over_mean/after"),
+    ("MS", "/milliseconds/before"),
+    ("THEN", "/milliseconds/after"),
+    ("MOVED", "/moved"),
+];
+const MOVES: &[Column] = &[
+    ("LAYER", "/layer"),
+    ("EXPERT", "/expert"),
+    ("FROM RANK", "/source"),
+    ("TO RANK", "/destination"),
+    ("TO", "/purpose"),
+    ("GAIN", "/gain"),
 ];
 const IMPORTED: &[Column] = &[("LAYER", "/layer"), ("EPOCH", "/epoch"), ("CHANGED", "/changed")];
 const TOKENS: &[Column] = &[
@@ -239,6 +268,50 @@ impl<W: Write> Shown<'_, W> {
             &over_layers,
             "no layer had traffic under a placement in force",
         )?)
+    }
+
+    fn export(&mut self, group: &str, format: Format, out: Option<PathBuf>) -> Result<(), Failed> {
+        let export = path(&["groups", group, "export"]);
+        let text = self.client.text(&format!("{export}?format={}", format.name()))?;
+        match out {
+            None => Ok(self.out.write_all(text.as_bytes())?),
+            Some(path) => fs::write(&path, text).map_err(|source| Failed::Write { path, source }),
+        }
+    }
+
+    fn propose(&mut self, propose: Propose) -> Result<(), Failed> {
+        let Propose { group, policy, settings, layers, moves_per_layer, bytes, reason } = propose;
+        let (what, expected) = ("--settings", "a JSON object");
+        let settings: Value = serde_json::from_str(&settings)
+            .map_err(|_no_json| Failed::Value { what, value: settings, expected })?;
+        let group = self.group(group)?;
+        let budget =
+            json!({ "layers": layers, "moves_per_layer": moves_per_layer, "bytes": bytes });
+        let body = json!({
+            "policy": policy, "settings": settings, "budget": budget, "reason": reason,
+        });
+        let made = self.client.post(&path(&["groups", &group, "proposals"]), &body)?;
+        self.proposal(&made)
+    }
+
+    fn proposal(&mut self, proposal: &Value) -> Result<(), Failed> {
+        if self.json {
+            return Ok(writeln!(self.out, "{proposal:#}")?);
+        }
+        let text = |pointer: &str| proposal[pointer].as_str().unwrap_or_default();
+        writeln!(self.out, "{}\n{}: {}", text("id"), text("policy"), text("explanation"))?;
+        self.list(&proposal["changes"], CHANGES, "nothing would change")?;
+        let of_change = |change: &Value| {
+            let layer = change["layer"].clone();
+            let moves = change["moves"].as_array().cloned().unwrap_or_default();
+            moves.into_iter().map(move |mut step| {
+                step["layer"] = layer.clone();
+                step
+            })
+        };
+        let changes = proposal["changes"].as_array();
+        let moves: Vec<Value> = changes.into_iter().flatten().flat_map(of_change).collect();
+        if moves.is_empty() { Ok(()) } else { self.list(&Value::Array(moves), MOVES, "") }
     }
 
     fn placement(&mut self, group: &str, layer: Option<u32>) -> Result<(), Failed> {

@@ -89,6 +89,21 @@ enum Command {
         #[arg(long)]
         layer: Option<u32>,
     },
+    /// Asks a placement policy what it would change in a group, and why. Nothing moves.
+    Propose(Propose),
+    /// What was proposed for a group, newest first.
+    Proposals {
+        #[command(flatten)]
+        group: Group,
+        /// Most rows.
+        #[arg(long, default_value_t = 40)]
+        limit: u16,
+    },
+    /// What a proposal would change: layers, and the moves that the policy tells a reason for.
+    Diff {
+        /// The proposal.
+        id: String,
+    },
     /// Takes placements of another engine over; ranks hold them when all of the group start again.
     Import {
         /// The file.
@@ -130,6 +145,30 @@ enum Command {
         /// The shell.
         shell: Shell,
     },
+}
+
+#[derive(Args)]
+struct Propose {
+    #[command(flatten)]
+    group: Group,
+    /// The policy, by its name.
+    #[arg(long, default_value = "greedy_swap")]
+    policy: String,
+    /// Its settings, a JSON object.
+    #[arg(long, default_value = "{}")]
+    settings: String,
+    /// Most layers that may change.
+    #[arg(long)]
+    layers: Option<u32>,
+    /// Most experts that may come to ranks in one layer.
+    #[arg(long)]
+    moves_per_layer: Option<u32>,
+    /// Most bytes of all moves.
+    #[arg(long)]
+    bytes: Option<u64>,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: String,
 }
 
 #[derive(Args)]

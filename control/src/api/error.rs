@@ -3,10 +3,12 @@
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use policy_host::Verdict;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::exchange::ExchangeError;
+use crate::policies::AskError;
 use crate::store::StoreError;
 use crate::store::tokens::EndError;
 
@@ -40,6 +42,8 @@ pub(crate) enum ApiError {
     Conflict { what: &'static str, name: String, reason: String },
     #[error("{0}")]
     Exchange(#[from] ExchangeError),
+    #[error("{0}")]
+    Policy(#[from] AskError),
     #[error("there are no random numbers")]
     Random(#[from] getrandom::Error),
     #[error("not every rank is there: {missing}")]
@@ -95,6 +99,13 @@ impl ApiError {
             Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate"),
             Self::Length { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body"),
             Self::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
+            Self::Policy(AskError::Unknown { .. }) => (StatusCode::NOT_FOUND, "not_found"),
+            Self::Policy(AskError::Absent { .. }) => (StatusCode::CONFLICT, "policy_absent"),
+            Self::Policy(AskError::Verdict { verdict, .. }) => match verdict {
+                Verdict::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "policy_busy"),
+                Verdict::Declined { .. } => (StatusCode::CONFLICT, "policy_declined"),
+                _ => (StatusCode::UNPROCESSABLE_ENTITY, "policy"),
+            },
             Self::Exchange(_) => (StatusCode::UNPROCESSABLE_ENTITY, "placement"),
             Self::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, "random"),
             Self::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),

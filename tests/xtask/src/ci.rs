@@ -85,8 +85,8 @@ fn steps() -> Result<Vec<(&'static str, Command)>> {
         ("clippy", clippy),
         ("clippy", lint_compiler),
         ("build", build_programs()),
-        ("tests", tests),
         ("guests", guests),
+        ("tests", tests),
         ("policies", policies),
         ("demo", demo),
     ];

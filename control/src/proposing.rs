@@ -1,0 +1,389 @@
+//! What a placement policy is asked about a group, and what its answer is worth: requests and proposals. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use policy_host::Answer;
+use policy_host::contract::EMPTY;
+use policy_host::contract::placer::{self, Budget, Plan, Purpose, Request};
+use policy_host::contract::types::{
+    Context, Layer, Model, Phase, Rank, RankState, Topology, Window,
+};
+use policy_host::store::digest;
+use protocol::ids::ExpertId;
+use protocol::message::ServedLayer;
+use protocol::session::{LayerPlacement, Register};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::store::windows::Load;
+
+/// Windows of each phase that a policy is given.
+pub(crate) const WINDOWS: usize = 8;
+
+/// Why a group cannot be asked about.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unaskable {
+    #[error("no placement is in force, expected one that all ranks hold")]
+    NothingInForce,
+    #[error("layer {layer} has {what}, layer {first} another, expected all layers alike")]
+    Unlike { layer: u32, first: u32, what: String },
+}
+
+/// What a policy is asked with.
+#[derive(Debug, Clone)]
+pub(crate) struct Question<'a> {
+    /// Every rank of the group, by number.
+    pub(crate) ranks: Vec<&'a Register>,
+    pub(crate) in_force: &'a [LayerPlacement],
+    /// In the order of end, layer and phase.
+    pub(crate) loads: &'a [Load],
+    pub(crate) window_ms: u64,
+    pub(crate) settings: &'a str,
+    pub(crate) budget: Budget,
+}
+
+impl Question<'_> {
+    /// The request. Its time is the end of the newest window, so that equal loads make equal requests.
+    pub(crate) fn request(&self) -> Result<Request, Unaskable> {
+        let first = self.ranks.first().ok_or(Unaskable::NothingInForce)?;
+        let served = &first.model.layers;
+        let (layer, placed) =
+            served.first().zip(self.in_force.first()).ok_or(Unaskable::NothingInForce)?;
+        let slots_per_rank = placed.placement.slots_per_rank();
+        let sizes = |of: &ServedLayer| (of.experts, of.top_k, of.hidden, of.intermediate);
+        for (other, held) in served.iter().zip(self.in_force) {
+            let slots = held.placement.slots_per_rank();
+            if sizes(other) != sizes(layer) || slots != slots_per_rank {
+                let what = format!("{:?} with {slots} slots a rank", sizes(other));
+                return Err(Unaskable::Unlike { layer: other.number, first: layer.number, what });
+            }
+        }
+        let now_ms = self.loads.iter().map(|load| load.end_ms).max().unwrap_or(0);
+        let weights = 3 * u64::from(layer.hidden) * u64::from(layer.intermediate);
+        Ok(Request {
+            context: Context { now_ms, seed: 0, settings: self.settings.to_owned() },
+            topology: self.topology(slots_per_rank),
+            model: Model {
+                experts: layer.experts,
+                expert_groups: 1,
+                top_k: layer.top_k,
+                // NVFP4: 4 bits, and a scale of 8 for every 16.
+                expert_bytes: weights * 9 / 16,
+            },
+            layers: self.in_force.iter().map(placed_layer).collect(),
+            windows: self.windows(served, layer.experts as usize),
+            costs: Vec::new(),
+            budget: self.budget,
+            pins: Vec::new(),
+        })
+    }
+
+    fn topology(&self, slots_per_rank: u32) -> Topology {
+        let mut hosts: Vec<&str> = Vec::new();
+        let ranks = self.ranks.iter().map(|register| {
+            let known = hosts.iter().position(|host| *host == register.host);
+            let node = known.unwrap_or_else(|| {
+                hosts.push(&register.host);
+                hosts.len() - 1
+            });
+            let node = u32::try_from(node).unwrap_or(u32::MAX);
+            Rank { node, speed: 1.0, free_bytes: 0, state: RankState::Active }
+        });
+        Topology { ranks: ranks.collect(), slots_per_rank, staging_slots: 0 }
+    }
+
+    /// The newest windows of each phase, oldest first.
+    fn windows(&self, layers: &[ServedLayer], experts: usize) -> Vec<Window> {
+        let mut found: BTreeMap<(u64, &str), Vec<&Load>> = BTreeMap::new();
+        for load in self.loads {
+            found.entry((load.end_ms, &load.phase)).or_default().push(load);
+        }
+        let mut ends: BTreeMap<&str, BTreeSet<u64>> = BTreeMap::new();
+        for (end_ms, phase) in found.keys() {
+            ends.entry(phase).or_default().insert(*end_ms);
+        }
+        let newest = |(end_ms, phase): &(u64, &str)| {
+            ends.get(phase).is_some_and(|ends| ends.iter().rev().take(WINDOWS).any(|e| e == end_ms))
+        };
+        let wanted = found.iter().filter(|(key, _)| newest(key));
+        wanted
+            .map(|(&(end_ms, phase), loads)| {
+                let mut window = Window {
+                    start_ms: end_ms.saturating_sub(self.window_ms),
+                    end_ms,
+                    phase: if phase == "decode" { Phase::Decode } else { Phase::Prefill },
+                    workload: String::new(),
+                    calls: 0.0,
+                    tokens: 0.0,
+                    distinct_experts: Vec::with_capacity(layers.len()),
+                    load: Vec::with_capacity(layers.len() * experts),
+                };
+                for layer in layers {
+                    let load = loads.iter().find(|load| load.layer == layer.number);
+                    let rows = load.map(|load| &load.expert_tokens[..]).unwrap_or_default();
+                    let rows = rows.iter().copied().chain(std::iter::repeat(0)).take(experts);
+                    window.load.extend(rows.map(single));
+                    let calls = load.map_or(0, |load| load.calls);
+                    let distinct = load.map_or(0, |load| load.distinct_experts);
+                    window.distinct_experts.push(single(distinct) / single(calls.max(1)));
+                    if single(calls) > window.calls {
+                        window.calls = single(calls);
+                        window.tokens = single(load.map_or(0, |load| load.tokens));
+                    }
+                }
+                window
+            })
+            .collect()
+    }
+}
+
+fn placed_layer(placed: &LayerPlacement) -> Layer {
+    let expert = |expert: &Option<ExpertId>| expert.map_or(EMPTY, |expert| expert.0);
+    let placement = &placed.placement;
+    let ranks = (0..placement.ranks()).map(protocol::ids::RankId);
+    let slots = ranks.flat_map(|rank| placement.slots_of_rank(rank).iter().map(expert));
+    Layer { id: placed.layer, epoch: placed.epoch, placement: slots.collect() }
+}
+
+/// Counts as the contract has them.
+#[expect(clippy::cast_precision_loss, reason = "rows are counted to seven digits there")]
+fn single(count: u64) -> f32 {
+    count as f32
+}
+
+/// What a policy proposes for a group. It is named by all that went into it: the same question to the same policy is the
+/// same proposal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Proposal {
+    /// SHA-256 of policy, settings and input.
+    pub(crate) id: String,
+    /// The group.
+    pub(crate) group: String,
+    /// When it was made, in milliseconds since 1970.
+    pub(crate) made_ms: u64,
+    /// The policy, by its own name.
+    pub(crate) policy: String,
+    /// SHA-256 of its component.
+    pub(crate) policy_digest: String,
+    /// Its settings, a JSON object.
+    pub(crate) settings: String,
+    /// SHA-256 of the request, a JSON record of the contract.
+    pub(crate) input_digest: String,
+    /// Units of fuel that the plan took; the same wherever it is repeated.
+    pub(crate) fuel: u64,
+    /// The policy's own words.
+    pub(crate) explanation: String,
+    /// Experts that come to ranks, over all layers.
+    pub(crate) moved: u64,
+    /// Bytes of them.
+    pub(crate) bytes: u64,
+    /// Layers that change, most valuable first.
+    pub(crate) changes: Vec<ProposedChange>,
+}
+
+/// A layer that would get another placement.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct ProposedChange {
+    /// The model's number of the layer.
+    pub(crate) layer: u32,
+    /// Number of the placement that it would replace.
+    pub(crate) epoch: u64,
+    /// Rows of the busiest rank beside the mean, now and then, with the load that the policy expects.
+    pub(crate) max_over_mean: Pair,
+    /// Milliseconds of a call, where they are known.
+    pub(crate) milliseconds: Option<Pair>,
+    /// Experts that come to a rank.
+    pub(crate) moved: u64,
+    /// Those of them that the policy tells a reason for.
+    pub(crate) moves: Vec<ProposedMove>,
+    /// The expert of every slot, rank by rank; -1 is an empty slot.
+    pub(crate) phy2log: Vec<i64>,
+}
+
+/// Before and after.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Pair {
+    /// With what is in force.
+    pub(crate) before: f32,
+    /// With what is proposed.
+    pub(crate) after: f32,
+}
+
+impl From<placer::Comparison> for Pair {
+    fn from(placer::Comparison { before, after }: placer::Comparison) -> Self {
+        Self { before, after }
+    }
+}
+
+/// An expert that would come to a rank.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct ProposedMove {
+    /// The expert.
+    pub(crate) expert: u32,
+    /// A rank that has it; null where it comes from the checkpoint.
+    pub(crate) source: Option<u32>,
+    /// The rank that it comes to.
+    pub(crate) destination: u32,
+    /// `spread`, `replicate`, `repair` or `drain`.
+    pub(crate) purpose: String,
+    /// What it does to `max_over_mean`.
+    pub(crate) gain: f32,
+}
+
+impl From<&placer::Move> for ProposedMove {
+    fn from(step: &placer::Move) -> Self {
+        let purpose = match step.purpose {
+            Purpose::Spread => "spread",
+            Purpose::Replicate => "replicate",
+            Purpose::Repair => "repair",
+            Purpose::Drain => "drain",
+        };
+        let placer::Move { expert, source, destination, gain, .. } = *step;
+        Self { expert, source, destination, purpose: purpose.to_owned(), gain }
+    }
+}
+
+impl Proposal {
+    /// What the answer to `request` proposes for `group`. `policy` is its name and digest.
+    pub(crate) fn new(
+        group: &str,
+        (policy, policy_digest): (&str, &str),
+        request: &Request,
+        answer: &Answer<Plan>,
+        made_ms: u64,
+    ) -> Result<Self, serde_json::Error> {
+        let input_digest = digest(&serde_json::to_vec(request)?);
+        let settings = request.context.settings.clone();
+        let named = serde_json::to_vec(&(group, policy_digest, &settings, &input_digest))?;
+        let plan = &answer.value;
+        let changes: Vec<ProposedChange> =
+            plan.changes.iter().map(|change| proposed(request, change)).collect();
+        let moved = changes.iter().map(|change| change.moved).sum();
+        Ok(Self {
+            id: digest(&named),
+            group: group.to_owned(),
+            made_ms,
+            policy: policy.to_owned(),
+            policy_digest: policy_digest.to_owned(),
+            settings,
+            input_digest,
+            fuel: answer.fuel,
+            explanation: plan.explanation.clone(),
+            moved,
+            bytes: moved * request.model.expert_bytes,
+            changes,
+        })
+    }
+}
+
+fn proposed(request: &Request, change: &placer::Change) -> ProposedChange {
+    let layer = request.layers.iter().find(|layer| layer.id == change.layer);
+    let before = layer.map(|layer| &layer.placement[..]).unwrap_or_default();
+    let per_rank = (request.topology.slots_per_rank as usize).max(1);
+    let rows = before.chunks(per_rank).zip(change.placement.chunks(per_rank));
+    let came = |(old, new): (&[u32], &[u32])| {
+        new.iter().filter(|expert| **expert != EMPTY && !old.contains(expert)).count() as u64
+    };
+    let signed = |expert: &u32| if *expert == EMPTY { -1 } else { i64::from(*expert) };
+    ProposedChange {
+        layer: change.layer,
+        epoch: layer.map_or(0, |layer| layer.epoch),
+        max_over_mean: change.max_over_mean.into(),
+        milliseconds: change.milliseconds.map(Pair::from),
+        moved: rows.map(came).sum(),
+        moves: change.moves.iter().map(ProposedMove::from).collect(),
+        phy2log: change.placement.iter().map(signed).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use policy_host::contract::placer::{Change, Comparison};
+    use protocol::placement::Placement;
+
+    use super::*;
+    use crate::fleet::tests::register;
+    use crate::store::windows::Ranks;
+
+    fn load(end_ms: u64, phase: &str, rows: [u64; 2]) -> Load {
+        Load {
+            end_ms,
+            layer: 0,
+            phase: phase.to_owned(),
+            ranks: Ranks::default(),
+            calls: 4,
+            tokens: 9,
+            distinct_experts: 8,
+            latency_us_p50: 1,
+            latency_us_p99: 1,
+            expert_tokens: rows.to_vec(),
+        }
+    }
+
+    fn placed(phy2log: &[i64]) -> Vec<LayerPlacement> {
+        let placement = Placement::from_phy2log(32, 2, phy2log).unwrap();
+        vec![LayerPlacement { layer: 0, epoch: 7, placement }]
+    }
+
+    #[test]
+    fn a_policy_is_told_what_is_in_force_and_the_newest_windows_of_each_phase() {
+        let (one, two) = (register(0, 1), Register { host: "other".to_owned(), ..register(1, 1) });
+        let slots: Vec<i64> = (0..32).chain([-1, -1]).collect();
+        let slots = [&slots[..16], &[-1], &slots[16..32], &[-1]].concat();
+        let in_force = placed(&slots);
+        let mut loads: Vec<Load> = (1..=10).map(|n| load(n * 100, "prefill", [n, 0])).collect();
+        loads.insert(1, load(100, "decode", [50, 1]));
+        let question = Question {
+            ranks: vec![&one, &two],
+            in_force: &in_force,
+            loads: &loads,
+            window_ms: 100,
+            settings: "{}",
+            budget: Budget { layers: None, moves_per_layer: None, bytes: None },
+        };
+        let request = question.request().unwrap();
+        let of_ranks: Vec<u32> = request.topology.ranks.iter().map(|rank| rank.node).collect();
+        assert_eq!((of_ranks, request.topology.slots_per_rank), (vec![0, 1], 17));
+        assert_eq!((request.layers[0].epoch, request.layers[0].placement[16]), (7, EMPTY));
+        assert_eq!(request.context.now_ms, 1000);
+        let windows: Vec<(u64, Phase, f32)> =
+            request.windows.iter().map(|w| (w.start_ms, w.phase, w.load[0])).collect();
+        assert_eq!(windows.len(), 9, "eight of prefill and one of decode");
+        assert_eq!(windows[0], (0, Phase::Decode, 50.0));
+        assert_eq!(windows[1], (200, Phase::Prefill, 3.0));
+        let window = &request.windows[8];
+        assert_eq!(
+            (window.calls, window.tokens, &window.distinct_experts[..]),
+            (4.0, 9.0, &[2.0][..])
+        );
+        assert_eq!(window.load.len(), 32, "experts that nobody counted have no rows");
+        let nothing = Question { in_force: &[], ..question };
+        assert_eq!(nothing.request(), Err(Unaskable::NothingInForce));
+    }
+
+    #[test]
+    fn a_proposal_is_named_by_what_went_into_it() {
+        let request = policy_host::example::placement("{}");
+        let mut placement = request.layers[0].placement.clone();
+        placement[5] = 0;
+        placement.swap(0, 1);
+        let change = Change {
+            layer: 1,
+            placement,
+            moves: Vec::new(),
+            max_over_mean: Comparison { before: 1.5, after: 1.25 },
+            milliseconds: None,
+        };
+        let value = Plan { changes: vec![change], explanation: "one".to_owned() };
+        let answer = Answer { value, fuel: 5, elapsed: std::time::Duration::ZERO };
+        let propose = |policy, made_ms| {
+            Proposal::new("g", ("p", policy), &request, &answer, made_ms).unwrap()
+        };
+        let proposal = propose("d", 1);
+        // A replica came to rank 1; two experts of rank 0 only changed slots.
+        assert_eq!((proposal.moved, proposal.bytes), (1, request.model.expert_bytes));
+        assert_eq!((proposal.changes[0].epoch, proposal.changes[0].phy2log[2]), (1, -1));
+        assert_eq!(proposal.id, propose("d", 2).id);
+        assert_ne!(proposal.id, propose("e", 1).id);
+    }
+}
