@@ -74,6 +74,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(placements::epochs))
         .routes(routes!(proposals::proposals, proposals::propose))
         .routes(routes!(proposals::proposal))
+        .routes(routes!(proposals::tradeoffs))
         .routes(routes!(exchange::export))
         .routes(routes!(exchange::import))
         .routes(routes!(windows::windows, windows::close))

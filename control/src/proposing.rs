@@ -15,6 +15,7 @@ use protocol::session::{LayerPlacement, Register};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::balance::max_over_mean;
 use crate::store::windows::Load;
 
 /// Windows of each phase that a policy is given.
@@ -296,6 +297,79 @@ fn proposed(request: &Request, change: &placer::Change) -> ProposedChange {
     }
 }
 
+/// How even a group would be after a plan, and what that costs.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub(crate) struct Tradeoff {
+    /// Experts that may come to ranks in one layer: the budget that the policy was given.
+    pub(crate) moves_per_layer: u32,
+    /// Experts that come to ranks, over all layers.
+    pub(crate) moved: u64,
+    /// Bytes of them.
+    pub(crate) bytes: u64,
+    /// Layers that change.
+    pub(crate) layers: u64,
+    /// Rows of the busiest rank beside the mean, by all windows that the policy was given: the mean over layers that had
+    /// traffic.
+    pub(crate) max_over_mean: f64,
+    /// The same of the worst layer.
+    pub(crate) worst: f64,
+    /// Whether no other row has as few bytes and is as even.
+    pub(crate) worth_it: bool,
+}
+
+impl Tradeoff {
+    /// What the answer to a request with this budget comes to; none where no layer had traffic.
+    pub(crate) fn new(moves_per_layer: u32, request: &Request, plan: &Plan) -> Option<Self> {
+        let changes: Vec<ProposedChange> =
+            plan.changes.iter().map(|change| proposed(request, change)).collect();
+        let moved = changes.iter().map(|change| change.moved).sum();
+        let ratios = request.layers.iter().enumerate().filter_map(|(index, layer)| {
+            let change = plan.changes.iter().find(|change| change.layer == layer.id);
+            let slots = change.map_or(&layer.placement, |change| &change.placement);
+            max_over_mean(&rank_rows(request, index, slots))
+        });
+        let ratios: Vec<f64> = ratios.collect();
+        let worst = ratios.iter().copied().reduce(f64::max)?;
+        Some(Self {
+            moves_per_layer,
+            moved,
+            bytes: moved * request.model.expert_bytes,
+            layers: changes.len() as u64,
+            max_over_mean: ratios.iter().sum::<f64>() / ratios.len() as f64,
+            worst,
+            worth_it: true,
+        })
+    }
+
+    /// Marks those that another beats or equals in bytes and in evenness; of equal ones the first stays.
+    pub(crate) fn mark(all: &mut [Self]) {
+        let known: Vec<(u64, f64)> = all.iter().map(|one| (one.bytes, one.max_over_mean)).collect();
+        for (at, one) in all.iter_mut().enumerate() {
+            one.worth_it = !known.iter().enumerate().any(|(other, &(bytes, ratio))| {
+                let no_worse = bytes <= one.bytes && ratio <= one.max_over_mean;
+                let better = bytes < one.bytes || ratio < one.max_over_mean;
+                no_worse && (better || other < at)
+            });
+        }
+    }
+}
+
+/// Rows of each rank of a layer, by all windows of a request, if replicas share their expert's rows evenly.
+fn rank_rows(request: &Request, index: usize, slots: &[u32]) -> Vec<f64> {
+    let experts = request.model.experts as usize;
+    let mut rows = vec![0.0; experts];
+    for window in &request.windows {
+        let of_layer = window.load.chunks(experts.max(1)).nth(index).unwrap_or_default();
+        rows.iter_mut().zip(of_layer).for_each(|(sum, count)| *sum += f64::from(*count));
+    }
+    let share = |expert: &u32| {
+        let replicas = slots.iter().filter(|held| *held == expert).count();
+        rows.get(*expert as usize).map_or(0.0, |rows| rows / replicas as f64)
+    };
+    let per_rank = (request.topology.slots_per_rank as usize).max(1);
+    slots.chunks(per_rank).map(|row| row.iter().map(share).sum()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use policy_host::contract::placer::{Change, Comparison};
@@ -359,6 +433,28 @@ mod tests {
         assert_eq!(window.load.len(), 32, "experts that nobody counted have no rows");
         let nothing = Question { in_force: &[], ..question };
         assert_eq!(nothing.request(), Err(Unaskable::NothingInForce));
+    }
+
+    #[test]
+    fn what_costs_more_and_is_no_evener_is_not_worth_it() {
+        let request = policy_host::example::placement("{}");
+        let plan = Plan { changes: Vec::new(), explanation: "nothing".to_owned() };
+        let nothing = Tradeoff::new(0, &request, &plan).unwrap();
+        // Of 7000 rows rank 0 has half of expert 0's 4000 in each of its windows, and all of expert 1's 800.
+        assert!((nothing.worst - 2800.0 * 4.0 / 7000.0).abs() < 1e-9, "{nothing:?}");
+        assert_eq!((nothing.moved, nothing.bytes, nothing.layers), (0, 0, 0));
+        let tradeoff = |bytes, max_over_mean| Tradeoff { bytes, max_over_mean, ..nothing.clone() };
+        let mut all = [
+            tradeoff(0, 1.6),
+            tradeoff(1, 1.4),
+            tradeoff(2, 1.4),
+            tradeoff(1, 1.4),
+            tradeoff(3, 1.1),
+        ];
+        Tradeoff::mark(&mut all);
+        assert_eq!(all.map(|one| one.worth_it), [true, true, false, false, true]);
+        let quiet = Request { windows: Vec::new(), ..request };
+        assert_eq!(Tradeoff::new(0, &quiet, &plan), None);
     }
 
     #[test]

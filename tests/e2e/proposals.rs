@@ -150,4 +150,17 @@ fn the_command_shows_changes_and_moves() {
     let id = shown.lines().next().unwrap();
     assert_eq!(run(&["diff", id]), shown);
     assert_says(&run(&["proposals"]), &[id, "greedy-swap"]);
+    let tradeoffs = run(&["tradeoffs"]);
+    let rows: Vec<Vec<&str>> =
+        tradeoffs.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+    // Only layer 1 had traffic. A swap is two moves: a budget of one changes nothing, and one of eight no more than of four.
+    let shown: Vec<[&str; 3]> = rows.iter().map(|row| [row[0], row[4], row[6]]).collect();
+    let expected = [
+        ["0", "1.500", "true"],
+        ["1", "1.500", "false"],
+        ["2", "1.250", "true"],
+        ["4", "1.000", "true"],
+        ["8", "1.000", "false"],
+    ];
+    assert_eq!(shown, expected, "{tradeoffs}");
 }

@@ -37,15 +37,7 @@ pub(crate) fn run(
         }
         Command::Windows { group, layer, hours, limit, close } => {
             let group = shown.group(group)?;
-            let windows = path(&["groups", &group, "windows"]);
-            if let Some(reason) = close {
-                shown.client.post(&windows, &json!({ "reason": reason }))?;
-            }
-            let span = if hours { "hour" } else { "window" };
-            let layer = layer.map_or_else(String::new, |layer| format!("&layer={layer}"));
-            let newest = format!("{windows}?newest_first=true&span={span}{layer}");
-            let found = shown.pages(&newest, limit.into())?;
-            shown.list(&found, WINDOWS, "no window has been told yet")
+            shown.windows(&path(&["groups", &group, "windows"]), (layer, hours), limit, close)
         }
         Command::Balance(group) => {
             let group = shown.group(group)?;
@@ -57,6 +49,12 @@ pub(crate) fn run(
             shown.placement(&group, layer)
         }
         Command::Propose(propose) => shown.propose(propose),
+        Command::Tradeoffs { group, policy } => {
+            let group = shown.group(group)?;
+            let all = path(&["groups", &group, "tradeoffs"]);
+            let found = shown.client.get(&format!("{all}?policy={policy}"))?;
+            shown.list(&found, TRADEOFFS, "no layer had traffic")
+        }
         Command::Proposals { group, limit } => {
             let group = shown.group(group)?;
             let all = shown.pages(&path(&["groups", &group, "proposals"]), limit.into())?;
@@ -153,6 +151,15 @@ const PROPOSALS: &[Column] = &[
     ("BYTES", "/bytes"),
     ("ID", "/id"),
     ("EXPLANATION", "/explanation"),
+];
+const TRADEOFFS: &[Column] = &[
+    ("MOVES A LAYER", "/moves_per_layer"),
+    ("LAYERS", "/layers"),
+    ("MOVED", "/moved"),
+    ("BYTES", "/bytes"),
+    ("MAX/MEAN", "/max_over_mean"),
+    ("WORST", "/worst"),
+    ("WORTH IT", "/worth_it"),
 ];
 const CHANGES: &[Column] = &[
     ("LAYER", "/layer"),
@@ -268,6 +275,24 @@ impl<W: Write> Shown<'_, W> {
             &over_layers,
             "no layer had traffic under a placement in force",
         )?)
+    }
+
+    /// Windows of a layer or of all, by the hour or not, after the open ones were closed for a reason.
+    fn windows(
+        &mut self,
+        windows: &str,
+        (layer, hours): (Option<u32>, bool),
+        limit: u16,
+        close: Option<String>,
+    ) -> Result<(), Failed> {
+        if let Some(reason) = close {
+            self.client.post(windows, &json!({ "reason": reason }))?;
+        }
+        let span = if hours { "hour" } else { "window" };
+        let layer = layer.map_or_else(String::new, |layer| format!("&layer={layer}"));
+        let newest = format!("{windows}?newest_first=true&span={span}{layer}");
+        let found = self.pages(&newest, limit.into())?;
+        self.list(&found, WINDOWS, "no window has been told yet")
     }
 
     fn export(&mut self, group: &str, format: Format, out: Option<PathBuf>) -> Result<(), Failed> {

@@ -91,6 +91,14 @@ enum Command {
     },
     /// Asks a placement policy what it would change in a group, and why. Nothing moves.
     Propose(Propose),
+    /// What evenness costs: a policy asked with budgets of 0, 1, 2, 4 and 8 moves a layer.
+    Tradeoffs {
+        #[command(flatten)]
+        group: Group,
+        /// The policy, by its name.
+        #[arg(long, default_value = "greedy_swap")]
+        policy: String,
+    },
     /// What was proposed for a group, newest first.
     Proposals {
         #[command(flatten)]

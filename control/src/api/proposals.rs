@@ -13,7 +13,7 @@ use super::ask::{JsonOf, PathOf, QueryOf, checked_limit, reason, register_of};
 use super::error::{ApiError, Problem};
 use super::gate::Caller;
 use super::views::Page;
-use crate::proposing::{Proposal, Question, Unaskable, WINDOWS};
+use crate::proposing::{Proposal, Question, Tradeoff, Unaskable, WINDOWS};
 use crate::state::{Shared, now_ms};
 use crate::store::windows::{Of, Part as Loads, Span};
 
@@ -123,6 +123,46 @@ async fn request(
     };
     question.request().map_err(unaskable)
 }
+
+/// Budgets of a trade-off, in moves of a layer.
+const BUDGETS: [u32; 5] = [0, 1, 2, 4, 8];
+
+/// Which policy.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct By {
+    /// A placement policy by its name; `greedy_swap` if not given.
+    #[serde(default = "first_policy")]
+    policy: String,
+}
+
+/// What evenness costs: the same policy asked with budgets of 0, 1, 2, 4 and 8 moves a layer, its own settings. Keeps
+/// nothing.
+#[utoipa::path(get, path = "/api/v1/groups/{group}/tradeoffs",
+    params(("group" = String, Path), By),
+    responses((status = 200, body = Vec<Tradeoff>), (status = 404, body = Problem),
+        (status = 409, body = Problem), (status = 422, body = Problem)))]
+pub(super) async fn tradeoffs(
+    State(state): State<Shared>,
+    PathOf(group): PathOf<String>,
+    QueryOf(By { policy }): QueryOf<By>,
+) -> Result<Json<Vec<Tradeoff>>, ApiError> {
+    let none = Budget { layers: None, moves_per_layer: None, bytes: None };
+    let request = request(&state, &group, NO_SETTINGS, none).await?;
+    let mut found = Vec::with_capacity(BUDGETS.len());
+    for moves in BUDGETS {
+        let budget = Budget { moves_per_layer: Some(moves), ..none };
+        let request = Arc::new(Request { budget, ..request.clone() });
+        let settings = NO_SETTINGS.to_owned();
+        let (_, answer) = state.policies.ask(&policy, settings, Arc::clone(&request)).await?;
+        found.extend(Tradeoff::new(moves, &request, &answer.value));
+    }
+    Tradeoff::mark(&mut found);
+    Ok(Json(found))
+}
+
+const NO_SETTINGS: &str = "{}";
 
 /// Proposals of a group, newest first.
 #[utoipa::path(get, path = "/api/v1/groups/{group}/proposals",
