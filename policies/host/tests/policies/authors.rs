@@ -110,6 +110,10 @@ fn what_cannot_be_a_policy_is_said_in_a_sentence() {
     fs::write(folder.join("module.wasm"), b"\0asm\x01\0\0\0").unwrap();
     let found = refused(folder, &["check", "module.wasm"]);
     assert!(found.contains("it is a core module, expected a component"), "{found}");
+    let giant = fs::File::create(folder.join("giant.wasm")).unwrap();
+    giant.set_len(200 << 20).unwrap();
+    let found = refused(folder, &["check", "giant.wasm"]);
+    assert!(found.contains("has 209715200 bytes, expected at most 33554432"), "{found}");
     assert!(refused(folder, &["check", "nowhere.wasm"]).contains("No such file"));
 }
 

@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use policy_host::limits::COMPONENT_BYTES_MAX;
-use policy_host::{Component, Host, HostOptions, gate, shipped};
+use policy_host::{Component, Host, HostOptions, Verdict, gate, shipped};
 
 /// Fuel is what bounds calls that are compared with others, whatever else the machine does.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -98,9 +98,14 @@ fn load(policy: &Path, store: Option<&Path>, deadline: Option<Duration>) -> Resu
     let shipped = shipped::file(&shipped::folder(&program), &named);
     let path = if by_name && !policy.exists() { &shipped } else { policy };
     let file = File::open(path).with_context(|| path.display().to_string())?;
+    // Refused by its size, without reading a film.
+    let (bytes, limit) = (file.metadata()?.len(), COMPONENT_BYTES_MAX);
+    if bytes > limit {
+        return Err(Verdict::TooLarge { bytes, limit }).context(named);
+    }
     let mut bytes = Vec::new();
-    // One byte more than there may be: enough to refuse it by its size, without reading a film.
-    file.take(COMPONENT_BYTES_MAX + 1).read_to_end(&mut bytes).context(named.clone())?;
+    // One byte more than there may be, as the file may have grown.
+    file.take(limit + 1).read_to_end(&mut bytes).context(named.clone())?;
     let temporary = tempfile::tempdir()?;
     let store = store.unwrap_or(temporary.path()).to_owned();
     let host = Host::new(&HostOptions { store, compiler: program, deadline })?;
