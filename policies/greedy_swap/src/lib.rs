@@ -26,12 +26,12 @@ const FIELDS: &[Field] = &[
     },
     Field {
         name: "dead-zone",
-        kind: Kind::Number { min: 1.0, max: 10.0, default: 1.05 },
+        kind: Kind::Number { min: 1.0, max: 10.0, default: 1.06 },
         about: "Slowest rank beside the mean rank, at or below which nothing moves.",
     },
     Field {
         name: "noise",
-        kind: Kind::Number { min: 0.0, max: 10.0, default: 0.8 },
+        kind: Kind::Number { min: 0.0, max: 10.0, default: 0.5 },
         about: "Standard errors of a rank's expected load by which the dead zone is wider: few \
                 tokens look uneven by chance.",
     },
