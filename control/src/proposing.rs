@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use planning::layer::{moved, rank_loads};
 use policy_host::Answer;
 use policy_host::contract::EMPTY;
 use policy_host::contract::placer::{self, Budget, Plan, Purpose, Request};
@@ -280,18 +281,13 @@ impl Proposal {
 fn proposed(request: &Request, change: &placer::Change) -> ProposedChange {
     let layer = request.layers.iter().find(|layer| layer.id == change.layer);
     let before = layer.map(|layer| &layer.placement[..]).unwrap_or_default();
-    let per_rank = (request.topology.slots_per_rank as usize).max(1);
-    let rows = before.chunks(per_rank).zip(change.placement.chunks(per_rank));
-    let came = |(old, new): (&[u32], &[u32])| {
-        new.iter().filter(|expert| **expert != EMPTY && !old.contains(expert)).count() as u64
-    };
     let signed = |expert: &u32| if *expert == EMPTY { -1 } else { i64::from(*expert) };
     ProposedChange {
         layer: change.layer,
         epoch: layer.map_or(0, |layer| layer.epoch),
         max_over_mean: change.max_over_mean.into(),
         milliseconds: change.milliseconds.map(Pair::from),
-        moved: rows.map(came).sum(),
+        moved: moved(before, &change.placement, request.topology.slots_per_rank as usize) as u64,
         moves: change.moves.iter().map(ProposedMove::from).collect(),
         phy2log: change.placement.iter().map(signed).collect(),
     }
@@ -362,12 +358,7 @@ fn rank_rows(request: &Request, index: usize, slots: &[u32]) -> Vec<f64> {
         let of_layer = window.load.chunks(experts.max(1)).nth(index).unwrap_or_default();
         rows.iter_mut().zip(of_layer).for_each(|(sum, count)| *sum += f64::from(*count));
     }
-    let share = |expert: &u32| {
-        let replicas = slots.iter().filter(|held| *held == expert).count();
-        rows.get(*expert as usize).map_or(0.0, |rows| rows / replicas as f64)
-    };
-    let per_rank = (request.topology.slots_per_rank as usize).max(1);
-    slots.chunks(per_rank).map(|row| row.iter().map(share).sum()).collect()
+    rank_loads(slots, request.topology.slots_per_rank as usize, &rows)
 }
 
 #[cfg(test)]

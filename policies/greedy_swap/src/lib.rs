@@ -1,10 +1,11 @@
 //! The placement policy `greedy-swap`: the few swaps and replicas that gain most, none within the dead zone. The search is
 //! [`planning::greedy`], on what [`planning::estimate`] expects.
 
-use planning::estimate::Memory;
 use planning::greedy::{Objective, Options, Use};
 use policy_guest::group::{Group, Pins};
-use policy_guest::load::{Costs, Expected, Of, check_windows, expected};
+use policy_guest::load::{
+    Costs, DECAY, Expected, OVERLAP_MIN, Of, check_windows, expected, memory,
+};
 use policy_guest::placement::{meta, placer};
 use policy_guest::plan::Purse;
 use policy_guest::settings::{Field, Kind, Settings, schema};
@@ -40,17 +41,8 @@ const FIELDS: &[Field] = &[
         kind: Kind::Number { min: 0.0, max: 1.0, default: 0.0 },
         about: "Share of a layer's time that a step must save for each expert that it moves.",
     },
-    Field {
-        name: "decay",
-        kind: Kind::Number { min: 0.01, max: 1.0, default: 0.8 },
-        about: "Weight of a window beside the one after it.",
-    },
-    Field {
-        name: "overlap-min",
-        kind: Kind::Number { min: 0.0, max: 1.0, default: 0.85 },
-        about: "A window that overlaps with the newer ones by less, and by less than chance \
-                explains, is before a drift: it and older ones are forgotten.",
-    },
+    DECAY,
+    OVERLAP_MIN,
 ];
 
 impl meta::Guest for GreedySwap {
@@ -66,8 +58,7 @@ impl meta::Guest for GreedySwap {
     }
 
     fn validate(settings: String) -> Result<(), Vec<meta::Issue>> {
-        let read = Settings::read(FIELDS, &settings).map(|_| ());
-        read.map_err(|issues| issues.into_iter().map(Into::into).collect())
+        policy_guest::placement::validate(FIELDS, &settings)
     }
 }
 
@@ -90,8 +81,7 @@ impl placer::Guest for GreedySwap {
 }
 
 fn works<'a>(request: &'a placer::Request, group: &Group, settings: &Settings) -> Vec<Work<'a>> {
-    let memory =
-        Memory { decay: settings.number("decay"), overlap_min: settings.number("overlap-min") };
+    let memory = memory(settings);
     let work = |(index, layer)| {
         let of = Of { index, experts: group.shape.experts };
         let loads = expected(&request.windows, of, &memory);

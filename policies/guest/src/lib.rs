@@ -58,10 +58,14 @@ macro_rules! world {
 
         pub use exports::moeplane::policy::{$decision, meta};
 
-        impl From<crate::settings::Issue> for meta::Issue {
-            fn from(issue: crate::settings::Issue) -> Self {
-                Self { path: issue.path, message: issue.message }
-            }
+        /// What a table of settings says of some.
+        pub fn validate(
+            table: &[crate::settings::Field],
+            settings: &str,
+        ) -> Result<(), Vec<meta::Issue>> {
+            let issue = |crate::settings::Issue { path, message }| meta::Issue { path, message };
+            let read = crate::settings::Settings::read(table, settings).map(|_| ());
+            read.map_err(|issues| issues.into_iter().map(issue).collect())
         }
     };
 }

@@ -3,7 +3,29 @@
 use planning::cost::{PhaseLoad, Point, RankCost, Roofline};
 use planning::estimate::{Memory, weights};
 
+use crate::settings::{Field, Kind, Settings};
 use crate::types::{CostPoint, Error, Layer, Phase, Window};
+
+/// Setting: how much a window counts.
+pub const DECAY: Field = Field {
+    name: "decay",
+    kind: Kind::Number { min: 0.01, max: 1.0, default: 0.8 },
+    about: "Weight of a window beside the one after it.",
+};
+
+/// Setting: what counts as a drift.
+pub const OVERLAP_MIN: Field = Field {
+    name: "overlap-min",
+    kind: Kind::Number { min: 0.0, max: 1.0, default: 0.85 },
+    about: "A window that overlaps with the newer ones by less, and by less than chance explains, is \
+            before a drift: it and older ones are forgotten.",
+};
+
+/// What [`DECAY`] and [`OVERLAP_MIN`] say.
+#[must_use]
+pub fn memory(settings: &Settings) -> Memory {
+    Memory { decay: settings.number(DECAY.name), overlap_min: settings.number(OVERLAP_MIN.name) }
+}
 
 /// The phases, in the order of everything that lists them.
 pub const PHASES: [Phase; 2] = [Phase::Prefill, Phase::Decode];

@@ -1,11 +1,10 @@
 //! The routing policy `locality-split`: tokens go to a replica on their own rank, else on their node, as far as the ranks
 //! stay even. The arithmetic is [`planning::split`].
 
-use planning::estimate::Memory;
 use planning::layer::replica_counts;
 use planning::split::{Shares, SplitProblem, split};
 use policy_guest::group::Group;
-use policy_guest::load::{Of, check_windows, expected};
+use policy_guest::load::{DECAY, OVERLAP_MIN, Of, check_windows, expected, memory};
 use policy_guest::routing::{meta, splitter};
 use policy_guest::settings::{Field, Kind, Settings, schema};
 use policy_guest::types::{Error, Layer};
@@ -29,17 +28,8 @@ const FIELDS: &[Field] = &[
         about: "near: as local as max-over-mean allows. even: one split for tokens of all ranks, as \
                 even as it gets.",
     },
-    Field {
-        name: "decay",
-        kind: Kind::Number { min: 0.01, max: 1.0, default: 0.8 },
-        about: "Weight of a window beside the one after it.",
-    },
-    Field {
-        name: "overlap-min",
-        kind: Kind::Number { min: 0.0, max: 1.0, default: 0.85 },
-        about: "A window that overlaps with the newer ones by less, and by less than chance \
-                explains, is before a drift: it and older ones are forgotten.",
-    },
+    DECAY,
+    OVERLAP_MIN,
 ];
 
 impl meta::Guest for LocalitySplit {
@@ -55,8 +45,7 @@ impl meta::Guest for LocalitySplit {
     }
 
     fn validate(settings: String) -> Result<(), Vec<meta::Issue>> {
-        let read = Settings::read(FIELDS, &settings).map(|_| ());
-        read.map_err(|issues| issues.into_iter().map(Into::into).collect())
+        policy_guest::routing::validate(FIELDS, &settings)
     }
 }
 
@@ -113,8 +102,7 @@ fn sources(
     settings: &Settings,
 ) -> Vec<Vec<f64>> {
     let (experts, ranks) = (group.shape.experts, group.shape.ranks);
-    let memory =
-        Memory { decay: settings.number("decay"), overlap_min: settings.number("overlap-min") };
+    let memory = memory(settings);
     let mut rows = vec![0.0; experts];
     for load in expected(&request.windows, Of { index, experts }, &memory) {
         rows.iter_mut().zip(&load.pairs).for_each(|(sum, pairs)| *sum += pairs * load.calls);

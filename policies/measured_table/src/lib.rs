@@ -50,8 +50,7 @@ impl meta::Guest for MeasuredTable {
     }
 
     fn validate(settings: String) -> Result<(), Vec<meta::Issue>> {
-        let read = Settings::read(FIELDS, &settings).map(|_| ());
-        read.map_err(|issues| issues.into_iter().map(Into::into).collect())
+        policy_guest::tactics::validate(FIELDS, &settings)
     }
 }
 

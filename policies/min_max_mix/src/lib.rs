@@ -55,8 +55,7 @@ impl meta::Guest for MinMaxMix {
     }
 
     fn validate(settings: String) -> Result<(), Vec<meta::Issue>> {
-        let read = Settings::read(FIELDS, &settings).map(|_| ());
-        read.map_err(|issues| issues.into_iter().map(Into::into).collect())
+        policy_guest::placement::validate(FIELDS, &settings)
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use planning::layer::{max_over_mean, rank_loads, replica_counts};
 use policy_host::Component;
 use policy_host::contract::EMPTY;
 use policy_host::contract::placer::{Budget, Request};
@@ -134,19 +135,11 @@ impl Plan {
                     slots.push(slot);
                 }
             }
-            let counts: Vec<usize> = of_expert.iter().map(Vec::len).collect();
-            let share = |expert: &u32| {
-                let found = weight.get(*expert as usize).zip(counts.get(*expert as usize));
-                found.map_or(0.0, |(weight, count)| weight / *count as f64)
-            };
-            let per_rank = case.num_replicas / case.num_gpus;
-            let load: Vec<f64> =
-                row.chunks(per_rank).map(|slots| slots.iter().map(share).sum()).collect();
-            let mean = load.iter().sum::<f64>() / load.len() as f64;
-            let most = load.iter().copied().fold(0.0, f64::max);
-            plan.max_over_mean.push(if mean > 0.0 { most / mean } else { 1.0 });
+            let load = rank_loads(row, case.num_replicas / case.num_gpus, weight);
+            plan.max_over_mean.push(max_over_mean(&load));
             plan.gpu_load.push(load);
-            plan.logcnt.push(counts.iter().map(|count| *count as i64).collect());
+            plan.logcnt
+                .push(replica_counts(row, weight.len()).into_iter().map(i64::from).collect());
             plan.log2phy.push(of_expert);
         }
         plan
