@@ -74,6 +74,8 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(placements::epochs))
         .routes(routes!(proposals::proposals, proposals::propose))
         .routes(routes!(proposals::proposal))
+        .routes(routes!(proposals::approve))
+        .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(exchange::export))
         .routes(routes!(exchange::import))

@@ -12,6 +12,7 @@ mod access;
 mod api;
 mod balance;
 pub mod config;
+mod deciding;
 mod exchange;
 mod fleet;
 pub mod limits;

@@ -117,3 +117,9 @@ pub const PAGE_DEFAULT: usize = 100;
 
 /// Most items of a page.
 pub const PAGE_MAX: usize = 500;
+
+/// How long a proposal may be approved unless asked otherwise: load drifts.
+pub const PROPOSAL_SECONDS_DEFAULT: u64 = 3_600;
+
+/// Longest time that may be asked for: a window of change that was planned a week ahead.
+pub const PROPOSAL_SECONDS_MAX: u64 = 7 * 86_400;

@@ -15,6 +15,8 @@ pub(crate) enum Misfit {
     Layers { file: String, got: usize, expected: usize },
     #[error("{file}, layer {layer}: {source}")]
     Layer { file: String, layer: u32, source: PlacementError },
+    #[error("{file}, layer {layer}: the model has no such layer")]
+    Unknown { file: String, layer: u32 },
     #[error("{file}, layer {layer}: it has {got} slots a rank, the workers have room for {room}")]
     Room { file: String, layer: u32, got: u32, room: u32 },
     #[error("layer {layer} cannot be placed: {source}")]
@@ -44,18 +46,38 @@ impl PlacementFile {
         if got != expected {
             return Err(Misfit::Layers { file, got, expected });
         }
-        let placement = |((layer, room), phy2log): ((&ServedLayer, u32), &Vec<i64>)| {
-            let (file, number) = (file.clone(), layer.number);
-            let placement = match Placement::from_phy2log(layer.experts, of.ranks, phy2log) {
-                Ok(placement) => placement,
-                Err(source) => return Err(Misfit::Layer { file, layer: number, source }),
-            };
-            match placement.slots_per_rank() {
-                got if got > room => Err(Misfit::Room { file, layer: number, got, room }),
-                _ => Ok(placement),
-            }
-        };
-        of.model.layers.iter().zip(rooms(of)).zip(&self.phy2log).map(placement).collect()
+        let layers = of.model.layers.iter().zip(rooms(of)).zip(&self.phy2log);
+        layers.map(|(layer, phy2log)| fitting(&file, of.ranks, layer, phy2log)).collect()
+    }
+}
+
+/// The placement of one layer out of `file`, if workers of this kind can hold it.
+pub(crate) fn layer_placement(
+    file: &str,
+    of: &Register,
+    number: u32,
+    phy2log: &[i64],
+) -> Result<Placement, Misfit> {
+    let mut layers = of.model.layers.iter().zip(rooms(of));
+    let layer = layers.find(|(layer, _)| layer.number == number);
+    let unknown = || Misfit::Unknown { file: file.to_owned(), layer: number };
+    fitting(file, of.ranks, layer.ok_or_else(unknown)?, phy2log)
+}
+
+fn fitting(
+    file: &str,
+    ranks: u32,
+    (layer, room): (&ServedLayer, u32),
+    phy2log: &[i64],
+) -> Result<Placement, Misfit> {
+    let (file, number) = (file.to_owned(), layer.number);
+    let placement = match Placement::from_phy2log(layer.experts, ranks, phy2log) {
+        Ok(placement) => placement,
+        Err(source) => return Err(Misfit::Layer { file, layer: number, source }),
+    };
+    match placement.slots_per_rank() {
+        got if got > room => Err(Misfit::Room { file, layer: number, got, room }),
+        _ => Ok(placement),
     }
 }
 

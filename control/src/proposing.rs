@@ -157,10 +157,13 @@ fn single(count: u64) -> f32 {
 /// same proposal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Proposal {
-    /// SHA-256 of policy, settings and input.
+    /// SHA-256 of group, policy, settings, minimum gain and input.
     pub(crate) id: String,
     /// The group.
     pub(crate) group: String,
+    /// Digest of the model that it serves.
+    #[serde(default)]
+    pub(crate) model: String,
     /// When it was made, in milliseconds since 1970.
     pub(crate) made_ms: u64,
     /// The policy, by its own name.
@@ -171,6 +174,12 @@ pub(crate) struct Proposal {
     pub(crate) settings: String,
     /// SHA-256 of the request, a JSON record of the contract.
     pub(crate) input_digest: String,
+    /// What a layer has to gain in `max_over_mean` to be changed for evenness.
+    #[serde(default)]
+    pub(crate) minimum_gain: f32,
+    /// Layers that the policy would change, and that gain less.
+    #[serde(default)]
+    pub(crate) withheld: u64,
     /// Units of fuel that the plan took; the same wherever it is repeated.
     pub(crate) fuel: u64,
     /// The policy's own words.
@@ -245,30 +254,47 @@ impl From<&placer::Move> for ProposedMove {
     }
 }
 
+/// What a proposal is made of, besides the question and the answer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Origin<'a> {
+    pub(crate) group: &'a str,
+    /// Digest of the model.
+    pub(crate) model: &'a str,
+    /// The policy's name and digest.
+    pub(crate) policy: (&'a str, &'a str),
+    /// See [`Proposal::minimum_gain`].
+    pub(crate) minimum_gain: f32,
+}
+
 impl Proposal {
-    /// What the answer to `request` proposes for `group`. `policy` is its name and digest.
+    /// What the answer to `request` proposes: what it changes but for layers that gain too little.
     pub(crate) fn new(
-        group: &str,
-        (policy, policy_digest): (&str, &str),
+        origin: Origin<'_>,
         request: &Request,
         answer: &Answer<Plan>,
         made_ms: u64,
     ) -> Result<Self, serde_json::Error> {
+        let Origin { group, model, policy: (policy, policy_digest), minimum_gain } = origin;
         let input_digest = digest(&serde_json::to_vec(request)?);
         let settings = request.context.settings.clone();
-        let named = serde_json::to_vec(&(group, policy_digest, &settings, &input_digest))?;
+        let named = (group, model, policy_digest, &settings, minimum_gain, &input_digest);
+        let id = digest(&serde_json::to_vec(&named)?);
         let plan = &answer.value;
-        let changes: Vec<ProposedChange> =
-            plan.changes.iter().map(|change| proposed(request, change)).collect();
+        let worth = plan.changes.iter().filter(|change| is_worth(change, minimum_gain));
+        let changes: Vec<ProposedChange> = worth.map(|change| proposed(request, change)).collect();
+        let withheld = (plan.changes.len() - changes.len()) as u64;
         let moved = changes.iter().map(|change| change.moved).sum();
         Ok(Self {
-            id: digest(&named),
+            id,
             group: group.to_owned(),
+            model: model.to_owned(),
             made_ms,
             policy: policy.to_owned(),
             policy_digest: policy_digest.to_owned(),
             settings,
             input_digest,
+            minimum_gain,
+            withheld,
             fuel: answer.fuel,
             explanation: plan.explanation.clone(),
             moved,
@@ -276,6 +302,13 @@ impl Proposal {
             changes,
         })
     }
+}
+
+/// Whether a layer gains enough. What keeps experts from being lost needs no gain.
+fn is_worth(change: &placer::Change, minimum_gain: f32) -> bool {
+    let needed = |step: &placer::Move| matches!(step.purpose, Purpose::Repair | Purpose::Drain);
+    let placer::Comparison { before, after } = change.max_over_mean;
+    before - after >= minimum_gain || change.moves.iter().any(needed)
 }
 
 fn proposed(request: &Request, change: &placer::Change) -> ProposedChange {
@@ -362,7 +395,7 @@ fn rank_rows(request: &Request, index: usize, slots: &[u32]) -> Vec<f64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use policy_host::contract::placer::{Change, Comparison};
     use protocol::placement::Placement;
 
@@ -448,29 +481,61 @@ mod tests {
         assert_eq!(Tradeoff::new(0, &quiet, &plan), None);
     }
 
+    /// A proposal that moves one expert in one layer.
+    pub(crate) fn proposal(layer: u32, epoch: u64) -> Proposal {
+        let mut request = policy_host::example::placement("{}");
+        (request.layers[0].id, request.layers[0].epoch) = (layer, epoch);
+        propose(("d", 0.25), &request, Purpose::Replicate, 1)
+    }
+
+    /// Expert 0 comes to rank 1, and max / mean from 1.5 to 1.25.
+    fn propose(
+        (policy, minimum_gain): (&str, f32),
+        request: &Request,
+        purpose: Purpose,
+        made_ms: u64,
+    ) -> Proposal {
+        let layer = &request.layers[0];
+        let mut placement = layer.placement.clone();
+        placement[5] = 0;
+        placement.swap(0, 1);
+        let moves =
+            vec![placer::Move { expert: 0, source: Some(0), destination: 1, purpose, gain: 0.25 }];
+        let max_over_mean = Comparison { before: 1.5, after: 1.25 };
+        let change =
+            Change { layer: layer.id, placement, moves, max_over_mean, milliseconds: None };
+        let value = Plan { changes: vec![change], explanation: "one".to_owned() };
+        let answer = Answer { value, fuel: 5, elapsed: std::time::Duration::ZERO };
+        let origin = Origin { group: "g", model: "m", policy: ("p", policy), minimum_gain };
+        Proposal::new(origin, request, &answer, made_ms).unwrap()
+    }
+
     #[test]
     fn a_proposal_is_named_by_what_went_into_it() {
         let request = policy_host::example::placement("{}");
-        let mut placement = request.layers[0].placement.clone();
-        placement[5] = 0;
-        placement.swap(0, 1);
-        let change = Change {
-            layer: 1,
-            placement,
-            moves: Vec::new(),
-            max_over_mean: Comparison { before: 1.5, after: 1.25 },
-            milliseconds: None,
-        };
-        let value = Plan { changes: vec![change], explanation: "one".to_owned() };
-        let answer = Answer { value, fuel: 5, elapsed: std::time::Duration::ZERO };
-        let propose = |policy, made_ms| {
-            Proposal::new("g", ("p", policy), &request, &answer, made_ms).unwrap()
-        };
-        let proposal = propose("d", 1);
+        let made = |policy, gain, at_ms| propose((policy, gain), &request, Purpose::Spread, at_ms);
+        let proposal = made("d", 0.0, 1);
         // A replica came to rank 1; two experts of rank 0 only changed slots.
         assert_eq!((proposal.moved, proposal.bytes), (1, request.model.expert_bytes));
         assert_eq!((proposal.changes[0].epoch, proposal.changes[0].phy2log[2]), (1, -1));
-        assert_eq!(proposal.id, propose("d", 2).id);
-        assert_ne!(proposal.id, propose("e", 1).id);
+        assert_eq!(proposal.id, made("d", 0.0, 2).id);
+        assert_ne!(proposal.id, made("e", 0.0, 1).id);
+        assert_ne!(proposal.id, made("d", 0.1, 1).id);
+    }
+
+    #[test]
+    fn layers_that_gain_too_little_stay_unless_an_expert_would_be_lost() {
+        let request = policy_host::example::placement("{}");
+        for (minimum_gain, purpose, changes) in [
+            (0.25, Purpose::Spread, 1),
+            (0.26, Purpose::Spread, 0),
+            (0.26, Purpose::Replicate, 0),
+            (0.26, Purpose::Repair, 1),
+            (0.26, Purpose::Drain, 1),
+        ] {
+            let proposal = propose(("d", minimum_gain), &request, purpose, 1);
+            let found = (proposal.changes.len() as u64, proposal.withheld, proposal.moved);
+            assert_eq!(found, (changes, 1 - changes, changes), "{minimum_gain} {purpose:?}");
+        }
     }
 }

@@ -3,10 +3,11 @@
 use std::process::Command;
 
 use protocol::message::Phase;
-use protocol::session::Window;
+use protocol::session::{Register, Window};
 use serde_json::{Value, json};
 use tests::control_process::Control;
 use tests::fake_worker::{FakeWorker, layer_window, register};
+use tests::watcher::Watcher;
 use tests::worker_process::{program, until};
 
 use crate::assert_says;
@@ -26,22 +27,50 @@ fn has_policies() -> bool {
 
 /// Two ranks with a placement in force, and a window in which layer 1 has three times as many rows on rank 0.
 fn group(control: &Control) -> Vec<FakeWorker> {
-    let mut workers = Vec::new();
-    for rank in 0..2 {
-        let registered = register(("g", rank, 2), 2, 8);
-        let (mut worker, _) = FakeWorker::dial(control, registered.clone()).unwrap();
-        worker.hold_in_order(&registered).unwrap();
-        workers.push(worker);
-    }
+    let mut workers = hold(control, [1, 1]);
+    tell_load(control, &mut workers[0]);
+    workers
+}
+
+/// Tells the load.
+fn tell_load(control: &Control, worker: &mut FakeWorker) {
     let rows = vec![3000, 3000, 3000, 3000, 1000, 1000, 1000, 1000];
     let layers = vec![layer_window(1, Phase::Decode, rows)];
     let (number, start_ms, end_ms, closed_by) = (1, 0, 60_000, Some(60_000));
-    workers[0].tell(Window { number, start_ms, end_ms, closed_by, layers }).unwrap();
+    worker.tell(Window { number, start_ms, end_ms, closed_by, layers }).unwrap();
     until("a load", || {
         Ok((control.get("/api/v1/groups/g/windows")?.1["items"] != json!([])).then_some(()))
     })
     .unwrap();
+}
+
+/// Two ranks that hold what they are told: these epochs.
+fn hold(control: &Control, epochs: [u64; 2]) -> Vec<FakeWorker> {
+    let rank = |rank| {
+        let registered = Register { asks: true, ..register(("g", rank, 2), 2, 8) };
+        let (mut worker, _) = FakeWorker::dial(control, registered).unwrap();
+        assert_eq!(worker.hold_what_is_told().unwrap(), epochs);
+        worker
+    };
+    let workers = (0..2).map(rank).collect();
+    until("a placement in force", || {
+        let (_, all) = control.get("/api/v1/groups/g/placements")?;
+        Ok(all[0]["in_force"].is_object().then_some(()))
+    })
+    .unwrap();
     workers
+}
+
+/// Asks for what would be proposed with this budget.
+fn open(control: &Control, moves_per_layer: u32) -> String {
+    let budget = json!({ "moves_per_layer": moves_per_layer });
+    let (status, proposal) = propose(control, &json!({ "budget": budget }));
+    assert_eq!((status, &proposal["standing"]), (200, &json!("open")), "{proposal}");
+    proposal["id"].as_str().unwrap().to_owned()
+}
+
+fn decide(control: &Control, id: &str, verb: &str) -> (u16, Value) {
+    control.post(&format!("/api/v1/proposals/{id}/{verb}"), &json!({})).unwrap()
 }
 
 fn propose(control: &Control, body: &Value) -> (u16, Value) {
@@ -57,11 +86,11 @@ fn a_policy_proposes_by_what_is_in_force_and_the_newest_load() {
     let (status, problem) = propose(&control, &json!({}));
     assert_eq!(status, 404, "{problem}");
     let _workers = group(&control);
-    let (status, proposal) = propose(&control, &json!({}));
+    let (status, mut proposal) = propose(&control, &json!({}));
     assert_eq!(status, 200, "{proposal}");
     assert_eq!(proposal["policy"], "greedy-swap");
     let change = &proposal["changes"][0];
-    assert_eq!((&change["layer"], &change["epoch"]), (&json!(1), &json!(0)));
+    assert_eq!((&change["layer"], &change["epoch"]), (&json!(1), &json!(1)));
     assert_eq!(change["max_over_mean"], json!({ "before": 1.5, "after": 1.0 }));
     let moves = change["moves"].as_array().unwrap();
     assert_eq!((moves.len(), &proposal["moved"]), (4, &json!(4)));
@@ -73,8 +102,11 @@ fn a_policy_proposes_by_what_is_in_force_and_the_newest_load() {
     // 3 x 64 x 64 weights of 4.5 bits.
     assert_eq!(proposal["bytes"], 4 * 3 * 64 * 64 * 9 / 16);
 
-    // The same question is the same proposal, also on record.
+    // The same question is the same proposal, also on record, and its time begins anew.
     let (_, again) = propose(&control, &json!({}));
+    let expires = |proposal: &Value| proposal["expires_ms"].as_u64().unwrap();
+    assert!(expires(&again) >= expires(&proposal));
+    proposal["expires_ms"] = again["expires_ms"].clone();
     assert_eq!(again, proposal);
     let (_, list) = control.get(PROPOSALS).unwrap();
     assert_eq!(list["items"], json!([proposal]));
@@ -147,9 +179,9 @@ fn the_command_shows_changes_and_moves() {
         &shown,
         &["greedy-swap: 1 of 2 layers change", "MAX/MEAN", "1.500", "1.000", "spread"],
     );
-    let id = shown.lines().next().unwrap();
-    assert_eq!(run(&["diff", id]), shown);
-    assert_says(&run(&["proposals"]), &[id, "greedy-swap"]);
+    let (id, standing) = shown.lines().next().unwrap().split_once(' ').unwrap();
+    assert_eq!((run(&["diff", id]), standing), (shown.clone(), "open"));
+    assert_says(&run(&["proposals"]), &[id, "greedy-swap", "open"]);
     let tradeoffs = run(&["tradeoffs"]);
     let rows: Vec<Vec<&str>> =
         tradeoffs.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
@@ -163,4 +195,145 @@ fn the_command_shows_changes_and_moves() {
         ["8", "1.000", "false"],
     ];
     assert_eq!(shown, expected, "{tradeoffs}");
+    let rejected = run(&["reject", id, "--reason", "a release is due"]);
+    assert_says(&rejected, &[id, "rejected by admin: a release is due", "MAX/MEAN"]);
+    let small = run(&["propose", "--moves-per-layer", "2", "--reason", "uneven"]);
+    let small = small.split_once(' ').unwrap().0;
+    assert_says(&run(&["approve", small, "--reason", "quiet hour"]), &["approved by admin"]);
+    assert_says(&run(&["placement", "--layer", "1"]), &["proposal", "default"]);
+}
+
+#[test]
+fn what_is_approved_is_committed_and_held_from_the_next_start() {
+    if !has_policies() {
+        return;
+    }
+    let control = Control::start_patient().unwrap();
+    let workers = group(&control);
+    let mut watcher = Watcher::open(&control, None).unwrap();
+    let (large, small) = (open(&control, 4), open(&control, 2));
+    let (status, approved) = decide(&control, &large, "approve");
+    assert_eq!((status, &approved["standing"]), (200, &json!("approved")), "{approved}");
+    let decision = &approved["decision"];
+    assert_eq!((&decision["actor"], &decision["reason"]), (&json!("admin"), &json!("a test")));
+    for (id, standing) in [(&large, "open"), (&small, "open"), (&large, "approved")] {
+        let told = loop {
+            let (_, kind, data) = watcher.event().unwrap();
+            if kind == "proposal" {
+                break data;
+            }
+        };
+        let expected = json!({ "group": "g", "id": id, "standing": standing });
+        assert_eq!(told["proposal"], expected);
+    }
+
+    // One layer has another placement; nobody holds it yet.
+    let (_, placements) = control.get("/api/v1/groups/g/placements").unwrap();
+    let asked = &placements[1]["asked"];
+    assert_eq!((&asked["source"], &asked["proposal"]), (&json!("proposal"), &json!(large)));
+    assert_eq!(asked["phy2log"], approved["changes"][0]["phy2log"]);
+    assert_eq!((&asked["epoch"], &placements[1]["in_force"]["epoch"]), (&json!(2), &json!(1)));
+    assert_eq!(
+        (&placements[1]["waiting"], &placements[0]["waiting"]),
+        (&json!([0, 1]), &json!([]))
+    );
+
+    // The other was made for what is not the newest any more, and so is what would be proposed now.
+    for verb in ["approve", "reject"] {
+        let (status, problem) = decide(&control, &small, verb);
+        assert_eq!(status, 409, "{problem}");
+        let expected = "layer 1 has epoch 2 now, it was proposed for epoch 1";
+        assert_says(problem["title"].as_str().unwrap(), &[&small, expected]);
+        let (status, problem) = decide(&control, &large, verb);
+        assert_eq!(status, 409, "{problem}");
+        assert_says(
+            problem["title"].as_str().unwrap(),
+            &["admin has approved it already", "a test"],
+        );
+    }
+    let (_, shown) = control.get(&format!("/api/v1/proposals/{small}")).unwrap();
+    assert_eq!((&shown["standing"], &shown["decision"]), (&json!("superseded"), &Value::Null));
+
+    drop(workers);
+    until("workers to be gone", || {
+        let (_, workers) = control.get("/api/v1/workers")?;
+        let items = workers["items"].as_array().cloned().unwrap_or_default();
+        Ok(items.iter().all(|worker| worker["state"] == "lost").then_some(()))
+    })
+    .unwrap();
+    let _workers = hold(&control, [1, 2]);
+    let id = open(&control, 4);
+    let (_, audit) = control.get("/api/v1/audit").unwrap();
+    let entries = audit["items"].as_array().unwrap();
+    let approval = entries.iter().find(|entry| entry["action"] == "proposal.approve").unwrap();
+    let epochs = |epoch: u64| json!({ "epochs": [[1, epoch]] });
+    assert_eq!((&approval["before"], &approval["after"]), (&epochs(1), &epochs(2)));
+    assert_ne!(id, large);
+}
+
+#[test]
+fn what_cannot_be_decided_is_said() {
+    if !has_policies() {
+        return;
+    }
+    let control = Control::start_patient().unwrap();
+    let _workers = group(&control);
+    let refused = |id: &str, verb: &str, status: u16, expected: &str| {
+        let (found, problem) = decide(&control, id, verb);
+        assert_eq!(found, status, "{verb} {problem}");
+        assert_says(problem["title"].as_str().unwrap(), &[expected]);
+    };
+    refused("none", "approve", 404, "there is no proposal none");
+    let id = open(&control, 0);
+    refused(&id, "approve", 409, "it changes nothing, expected at least one layer");
+    assert_eq!(decide(&control, &id, "reject").0, 200);
+    refused(&id, "approve", 409, "admin has rejected it already");
+    // Rejected once, it stays so when it is asked for again.
+    let budget = json!({ "moves_per_layer": 0 });
+    let (_, again) = propose(&control, &json!({ "budget": budget }));
+    assert_eq!((&again["id"], &again["standing"]), (&json!(id), &json!("rejected")));
+
+    let (_, short) = propose(&control, &json!({ "valid_for_s": 1 }));
+    let id = short["id"].as_str().unwrap();
+    until("a proposal to expire", || {
+        let (_, shown) = control.get(&format!("/api/v1/proposals/{id}"))?;
+        Ok((shown["standing"] == "expired").then_some(()))
+    })
+    .unwrap();
+    refused(id, "approve", 409, "it expired at");
+    refused(id, "reject", 409, "ask for it again");
+    let (_, again) = propose(&control, &json!({}));
+    assert_eq!((&again["id"], &again["standing"]), (&json!(id), &json!("open")));
+
+    for (body, expected) in [
+        (json!({ "valid_for_s": 0 }), "valid_for_s is 0, expected 1 to 604800"),
+        (json!({ "minimum_gain": -1 }), "minimum_gain is -1, expected 0 to 1024"),
+    ] {
+        let (status, problem) = propose(&control, &body);
+        assert_eq!(status, 400, "{problem}");
+        assert_says(problem["title"].as_str().unwrap(), &[expected]);
+    }
+    let (_, none) = propose(&control, &json!({ "minimum_gain": 0.6 }));
+    assert_eq!((&none["changes"], &none["withheld"]), (&json!([]), &json!(1)));
+}
+
+#[test]
+fn workers_that_hold_placements_of_their_own_are_not_told_others() {
+    if !has_policies() {
+        return;
+    }
+    let control = Control::start_patient().unwrap();
+    let mut workers = Vec::new();
+    for rank in 0..2 {
+        let registered = register(("g", rank, 2), 2, 8);
+        let (mut worker, _) = FakeWorker::dial(&control, registered.clone()).unwrap();
+        worker.hold_in_order(&registered).unwrap();
+        workers.push(worker);
+    }
+    tell_load(&control, &mut workers[0]);
+    let id = open(&control, 4);
+    let (status, problem) = decide(&control, &id, "approve");
+    assert_eq!(status, 409, "{problem}");
+    let expected = "its workers hold placements of their own";
+    assert_says(problem["title"].as_str().unwrap(), &[expected]);
 }

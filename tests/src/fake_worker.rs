@@ -102,6 +102,18 @@ impl FakeWorker {
         self.say(&FromWorker::Holds { layers })
     }
 
+    /// Holds what control tells it to, which it has asked for; the epochs.
+    pub fn hold_what_is_told(&mut self) -> Result<Vec<u64>> {
+        match self.hear()? {
+            FromControl::Place { layers } => {
+                let epochs = layers.iter().map(|layer| layer.epoch).collect();
+                self.say(&FromWorker::Holds { layers })?;
+                Ok(epochs)
+            }
+            other => bail!("control said {other:?}, expected what to hold"),
+        }
+    }
+
     /// Tells a window, the next by number, and waits until it is kept.
     pub fn tell(&mut self, window: Window) -> Result<()> {
         self.windows += 1;

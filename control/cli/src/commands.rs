@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, Failed, path};
 use crate::table::{self, Column};
-use crate::{Command, Format, Group, Propose, Token};
+use crate::{Command, Decide, Format, Group, Propose, Token};
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
 struct Shown<'a, W> {
@@ -64,6 +64,8 @@ pub(crate) fn run(
             let proposal = shown.client.get(&path(&["proposals", &id]))?;
             shown.proposal(&proposal)
         }
+        Command::Approve(decide) => shown.decide(decide, "approve"),
+        Command::Reject(decide) => shown.decide(decide, "reject"),
         Command::Import { file, group, format, dry_run, reason } => {
             let text = match fs::read_to_string(&file) {
                 Ok(text) => text,
@@ -146,6 +148,7 @@ const EPOCHS: &[Column] = &[
 ];
 const PROPOSALS: &[Column] = &[
     ("MADE", "/made_ms"),
+    ("STANDING", "/standing"),
     ("POLICY", "/policy"),
     ("MOVED", "/moved"),
     ("BYTES", "/bytes"),
@@ -305,7 +308,8 @@ impl<W: Write> Shown<'_, W> {
     }
 
     fn propose(&mut self, propose: Propose) -> Result<(), Failed> {
-        let Propose { group, policy, settings, layers, moves_per_layer, bytes, reason } = propose;
+        let Propose { group, policy, settings, layers, moves_per_layer, bytes, .. } = propose;
+        let Propose { minimum_gain, valid_for_s, reason, .. } = propose;
         let (what, expected) = ("--settings", "a JSON object");
         let settings: Value = serde_json::from_str(&settings)
             .map_err(|_no_json| Failed::Value { what, value: settings, expected })?;
@@ -313,10 +317,17 @@ impl<W: Write> Shown<'_, W> {
         let budget =
             json!({ "layers": layers, "moves_per_layer": moves_per_layer, "bytes": bytes });
         let body = json!({
-            "policy": policy, "settings": settings, "budget": budget, "reason": reason,
+            "policy": policy, "settings": settings, "budget": budget,
+            "minimum_gain": minimum_gain, "valid_for_s": valid_for_s, "reason": reason,
         });
         let made = self.client.post(&path(&["groups", &group, "proposals"]), &body)?;
         self.proposal(&made)
+    }
+
+    fn decide(&mut self, Decide { id, reason }: Decide, verb: &str) -> Result<(), Failed> {
+        let body = json!({ "reason": reason });
+        let decided = self.client.post(&path(&["proposals", &id, verb]), &body)?;
+        self.proposal(&decided)
     }
 
     fn proposal(&mut self, proposal: &Value) -> Result<(), Failed> {
@@ -324,7 +335,22 @@ impl<W: Write> Shown<'_, W> {
             return Ok(writeln!(self.out, "{proposal:#}")?);
         }
         let text = |pointer: &str| proposal[pointer].as_str().unwrap_or_default();
-        writeln!(self.out, "{}\n{}: {}", text("id"), text("policy"), text("explanation"))?;
+        let [id, standing] = [text("id"), text("standing")];
+        writeln!(self.out, "{id} {standing}\n{}: {}", text("policy"), text("explanation"))?;
+        let withheld = proposal["withheld"].as_u64().unwrap_or(0);
+        if withheld > 0 {
+            let gain = &proposal["minimum_gain"];
+            writeln!(
+                self.out,
+                "layers left as they are, for they gain less than {gain}: {withheld}"
+            )?;
+        }
+        let decision = &proposal["decision"];
+        if let (Some(actor), Some(reason)) =
+            (decision["actor"].as_str(), decision["reason"].as_str())
+        {
+            writeln!(self.out, "{standing} by {actor}: {reason}")?;
+        }
         self.list(&proposal["changes"], CHANGES, "nothing would change")?;
         let of_change = |change: &Value| {
             let layer = change["layer"].clone();

@@ -112,6 +112,10 @@ enum Command {
         /// The proposal.
         id: String,
     },
+    /// Approves a proposal: ranks hold its placements when all of the group start again.
+    Approve(Decide),
+    /// Rejects a proposal.
+    Reject(Decide),
     /// Takes placements of another engine over; ranks hold them when all of the group start again.
     Import {
         /// The file.
@@ -174,6 +178,21 @@ struct Propose {
     /// Most bytes of all moves.
     #[arg(long)]
     bytes: Option<u64>,
+    /// What a layer has to gain in rows of the busiest rank beside the mean to be changed.
+    #[arg(long, default_value_t = 0.0)]
+    minimum_gain: f32,
+    /// Seconds for which it may be approved.
+    #[arg(long, default_value_t = 3_600)]
+    valid_for_s: u64,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: String,
+}
+
+#[derive(Args)]
+struct Decide {
+    /// The proposal.
+    id: String,
     /// Kept in the audit log.
     #[arg(long)]
     reason: String,

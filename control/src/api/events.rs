@@ -32,7 +32,7 @@ struct Watcher {
 }
 
 /// What happens: `worker` (group, rank, state), `placement` (group, epochs in force), `window` (group,
-/// end_ms), `audit` (id, action, target, actor). After `last-event-id` nothing is left out or repeated;
+/// end_ms), `proposal` (group, id, standing), `audit` (id, action, target, actor). After `last-event-id` nothing is left out or repeated;
 /// where that cannot be, because too much has happened since, a `missed` comes first, and everything is to
 /// be read again. A comment comes at least every 15 s. The stream ends after a quarter of an hour, so that
 /// whoever may not watch any more is told so.

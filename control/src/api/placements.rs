@@ -57,17 +57,20 @@ impl PlacedView {
 pub(super) struct CommittedView {
     #[serde(flatten)]
     placed: PlacedView,
-    /// What it comes from: `default` (experts in order), `file` or `import`.
+    /// What it comes from: `default` (experts in order), `file`, `import` or `proposal`.
     source: String,
+    /// The proposal that it was made by.
+    proposal: Option<String>,
     /// When it was committed, in milliseconds since 1970.
     made_ms: u64,
 }
 
 impl From<&Committed> for CommittedView {
     fn from(committed: &Committed) -> Self {
-        let Committed { epoch, placement, source, made_ms, .. } = committed;
+        let Committed { epoch, placement, source, proposal, made_ms, .. } = committed;
         let placed = PlacedView::new(*epoch, placement);
-        Self { placed, source: source.clone(), made_ms: *made_ms }
+        let (source, proposal) = (source.clone(), proposal.clone());
+        Self { placed, source, proposal, made_ms: *made_ms }
     }
 }
 

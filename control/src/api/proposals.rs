@@ -1,20 +1,25 @@
-//! Proposals: what a placement policy would do with a group, and why. Nothing moves by them.
+//! Proposals: what a placement policy would do with a group, and why; an operator approves or rejects them.
 
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
 use policy_host::contract::placer::{Budget, Request};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 
-use super::ask::{JsonOf, PathOf, QueryOf, checked_limit, reason, register_of};
+use super::ask::{JsonOf, PathOf, QueryOf, Reason, checked_limit, reason, register_of};
 use super::error::{ApiError, Problem};
 use super::gate::Caller;
 use super::views::Page;
-use crate::proposing::{Proposal, Question, Tradeoff, Unaskable, WINDOWS};
+use crate::deciding::{Decision, Kept, Present, Standing};
+use crate::limits::{PROPOSAL_SECONDS_DEFAULT, PROPOSAL_SECONDS_MAX};
+use crate::proposing::{Origin, Proposal, Question, Tradeoff, Unaskable, WINDOWS};
 use crate::state::{Shared, now_ms};
+use crate::store::audit::Entry;
+use crate::store::placements::PlaceError;
+use crate::store::proposals::DecideError;
 use crate::store::windows::{Of, Part as Loads, Span};
 
 /// What to ask.
@@ -31,12 +36,22 @@ pub(super) struct Ask {
     /// What the plan may cost.
     #[serde(default)]
     budget: BudgetOf,
+    /// What a layer has to gain in rows of the busiest rank beside the mean to be changed; 0 if not given.
+    #[serde(default)]
+    minimum_gain: f32,
+    /// Seconds for which the proposal may be approved, 1 to 604800; 3600 if not given.
+    #[serde(default = "valid_for_s")]
+    valid_for_s: u64,
     /// Kept in the audit log; not empty.
     reason: String,
 }
 
 fn first_policy() -> String {
     "greedy_swap".to_owned()
+}
+
+fn valid_for_s() -> u64 {
+    PROPOSAL_SECONDS_DEFAULT
 }
 
 /// Upper bounds of a plan; absent is no bound.
@@ -62,38 +77,73 @@ pub(super) struct Wanted {
     cursor: Option<String>,
 }
 
+/// A proposal, and where it stands.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ProposalView {
+    #[serde(flatten)]
+    proposal: Proposal,
+    standing: Standing,
+    /// Until when it may be approved, in milliseconds since 1970.
+    expires_ms: u64,
+    /// What was decided; null while nobody has.
+    decision: Option<Decision>,
+}
+
+impl ProposalView {
+    fn new(kept: Kept, present: &Present) -> Self {
+        let standing = kept.standing(present);
+        let Kept { proposal, expires_ms, decision } = kept;
+        Self { proposal, standing, expires_ms, decision }
+    }
+}
+
 /// Asks a placement policy what it would change in a group, by its newest windows and what is in force. The same question
 /// to the same policy is the same proposal; one without changes says why.
 #[utoipa::path(post, path = "/api/v1/groups/{group}/proposals", params(("group" = String, Path)),
     request_body = Ask, security(("token" = ["operator"])),
-    responses((status = 200, body = Proposal), (status = 404, body = Problem),
+    responses((status = 200, body = ProposalView), (status = 404, body = Problem),
         (status = 409, body = Problem), (status = 422, body = Problem)))]
 pub(super) async fn propose(
     State(state): State<Shared>,
     caller: Caller,
     PathOf(group): PathOf<String>,
     JsonOf(ask): JsonOf<Ask>,
-) -> Result<Json<Proposal>, ApiError> {
+) -> Result<Json<ProposalView>, ApiError> {
     let entry = caller.entry("proposal.make", reason(&ask.reason)?);
+    let Ask { minimum_gain, valid_for_s, .. } = ask;
+    if !(1..=PROPOSAL_SECONDS_MAX).contains(&valid_for_s) {
+        let expected = format!("1 to {PROPOSAL_SECONDS_MAX}");
+        let (name, value) = ("valid_for_s", valid_for_s.to_string());
+        return Err(ApiError::Value { name, value, expected });
+    }
+    if !(0.0..=1_024.0).contains(&minimum_gain) {
+        let (name, value) = ("minimum_gain", minimum_gain.to_string());
+        return Err(ApiError::Value { name, value, expected: "0 to 1024".to_owned() });
+    }
     let settings = Value::Object(ask.settings).to_string();
     let BudgetOf { layers, moves_per_layer, bytes } = ask.budget;
     let budget = Budget { layers, moves_per_layer, bytes };
-    let request = Arc::new(request(&state, &group, &settings, budget).await?);
+    let (model, request) = request(&state, &group, &settings, budget).await?;
+    let request = Arc::new(request);
     let asked = state.policies.ask(&ask.policy, settings, Arc::clone(&request)).await;
     let (policy, answer) = asked?;
-    let named = (&policy.info().name[..], policy.digest());
-    let proposal = Proposal::new(&group, named, &request, &answer, now_ms());
+    let policy = (&policy.info().name[..], policy.digest());
+    let origin = Origin { group: &group, model: &model, policy, minimum_gain };
+    let proposal = Proposal::new(origin, &request, &answer, now_ms());
     let proposal = proposal.map_err(ApiError::Json)?;
-    Ok(Json(state.store.keep_proposal(proposal, entry).await?))
+    let expires_ms = now_ms() + valid_for_s * 1_000;
+    let kept = state.store.keep_proposal(proposal, expires_ms, entry).await?;
+    let present = state.store.present((&group, &model), now_ms()).await?;
+    Ok(Json(ProposalView::new(kept, &present)))
 }
 
-/// What a policy is asked about a group.
+/// The digest of a group's model, and what a policy is asked about it.
 async fn request(
     state: &Shared,
     group: &str,
     settings: &str,
     budget: Budget,
-) -> Result<Request, ApiError> {
+) -> Result<(String, Request), ApiError> {
     let register = register_of(&state.fleet(), group)?.clone();
     let of = Of { group, model: &register.model.digest, span: Span::Window };
     // Twice as many windows as are wanted: those of two phases may take turns.
@@ -121,7 +171,8 @@ async fn request(
         settings,
         budget,
     };
-    question.request().map_err(unaskable)
+    let request = question.request().map_err(unaskable)?;
+    Ok((register.model.digest, request))
 }
 
 /// Budgets of a trade-off, in moves of a layer.
@@ -149,7 +200,7 @@ pub(super) async fn tradeoffs(
     QueryOf(By { policy }): QueryOf<By>,
 ) -> Result<Json<Vec<Tradeoff>>, ApiError> {
     let none = Budget { layers: None, moves_per_layer: None, bytes: None };
-    let request = request(&state, &group, NO_SETTINGS, none).await?;
+    let (_, request) = request(&state, &group, NO_SETTINGS, none).await?;
     let mut found = Vec::with_capacity(BUDGETS.len());
     for moves in BUDGETS {
         let budget = Budget { moves_per_layer: Some(moves), ..none };
@@ -167,12 +218,12 @@ const NO_SETTINGS: &str = "{}";
 /// Proposals of a group, newest first.
 #[utoipa::path(get, path = "/api/v1/groups/{group}/proposals",
     params(("group" = String, Path), Wanted),
-    responses((status = 200, body = Page<Proposal>), (status = 400, body = Problem)))]
+    responses((status = 200, body = Page<ProposalView>), (status = 400, body = Problem)))]
 pub(super) async fn proposals(
     State(state): State<Shared>,
     PathOf(group): PathOf<String>,
     QueryOf(wanted): QueryOf<Wanted>,
-) -> Result<Json<Page<Proposal>>, ApiError> {
+) -> Result<Json<Page<ProposalView>>, ApiError> {
     let limit = checked_limit(wanted.limit)?;
     let parsed = wanted.cursor.as_ref().map(|cursor| {
         let place = cursor.split_once(':').and_then(|(at, id)| Some((at.parse().ok()?, id)));
@@ -180,18 +231,88 @@ pub(super) async fn proposals(
     });
     let before = parsed.transpose()?.unwrap_or((u64::MAX, ""));
     let found = state.store.proposals(&group, before, limit + 1).await?;
-    let cursor = |last: &Proposal| format!("{}:{}", last.made_ms, last.id);
-    Ok(Json(Page::of(found, limit, cursor, |proposal| proposal)))
+    let present = present(&state, &group).await?;
+    let cursor = |last: &Kept| format!("{}:{}", last.proposal.made_ms, last.proposal.id);
+    Ok(Json(Page::of(found, limit, cursor, |kept| ProposalView::new(kept, &present))))
+}
+
+/// What a group is now; one that nobody knows any more serves no model.
+async fn present(state: &Shared, group: &str) -> Result<Present, ApiError> {
+    let model = state.fleet().model_of(group).map(|model| model.digest.clone());
+    Ok(state.store.present((group, &model.unwrap_or_default()), now_ms()).await?)
 }
 
 /// One proposal.
 #[utoipa::path(get, path = "/api/v1/proposals/{id}", params(("id" = String, Path)),
-    responses((status = 200, body = Proposal), (status = 404, body = Problem)))]
+    responses((status = 200, body = ProposalView), (status = 404, body = Problem)))]
 pub(super) async fn proposal(
     State(state): State<Shared>,
     PathOf(id): PathOf<String>,
-) -> Result<Json<Proposal>, ApiError> {
+) -> Result<Json<ProposalView>, ApiError> {
+    let kept = kept(&state, id).await?;
+    let present = present(&state, &kept.proposal.group).await?;
+    Ok(Json(ProposalView::new(kept, &present)))
+}
+
+async fn kept(state: &Shared, id: String) -> Result<Kept, ApiError> {
     let found = state.store.proposal(&id).await?;
-    let found = found.ok_or_else(|| ApiError::NotFound { what: "proposal", name: id });
-    Ok(Json(found?))
+    found.ok_or_else(|| ApiError::NotFound { what: "proposal", name: id })
+}
+
+/// Approves a proposal: its placements are committed, and its group's ranks hold them when all of them start again. One that
+/// was decided already, has expired or was superseded is refused with what is in the way.
+#[utoipa::path(post, path = "/api/v1/proposals/{id}/approve", params(("id" = String, Path)),
+    request_body = Reason, security(("token" = ["operator"])),
+    responses((status = 200, body = ProposalView), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub(super) async fn approve(
+    State(state): State<Shared>,
+    caller: Caller,
+    PathOf(id): PathOf<String>,
+    JsonOf(why): JsonOf<Reason>,
+) -> Result<Json<ProposalView>, ApiError> {
+    decide(&state, id, true, caller.entry("proposal.approve", reason(&why.reason)?)).await
+}
+
+/// Rejects a proposal. One that was decided already, has expired or was superseded is refused with what is in the way.
+#[utoipa::path(post, path = "/api/v1/proposals/{id}/reject", params(("id" = String, Path)),
+    request_body = Reason, security(("token" = ["operator"])),
+    responses((status = 200, body = ProposalView), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub(super) async fn reject(
+    State(state): State<Shared>,
+    caller: Caller,
+    PathOf(id): PathOf<String>,
+    JsonOf(why): JsonOf<Reason>,
+) -> Result<Json<ProposalView>, ApiError> {
+    decide(&state, id, false, caller.entry("proposal.reject", reason(&why.reason)?)).await
+}
+
+async fn decide(
+    state: &Shared,
+    id: String,
+    approved: bool,
+    entry: Entry<'_>,
+) -> Result<Json<ProposalView>, ApiError> {
+    let group = kept(state, id.clone()).await?.proposal.group;
+    let register = register_of(&state.fleet(), &group)?.clone();
+    if approved && !register.asks {
+        let (what, reason) = (
+            "group",
+            "its workers hold placements of their own, expected some \
+            that ask control"
+                .to_owned(),
+        );
+        return Err(ApiError::Conflict { what, name: group, reason });
+    }
+    let decided = state.store.decide(&register, &id, approved, entry).await;
+    let decided = decided.map_err(|error| match error {
+        DecideError::Store(error) | DecideError::Place(PlaceError::Store(error)) => {
+            ApiError::Store(error)
+        }
+        DecideError::None => ApiError::NotFound { what: "proposal", name: id },
+        error => ApiError::Conflict { what: "proposal", name: id, reason: error.to_string() },
+    })?;
+    let present = present(state, &group).await?;
+    Ok(Json(ProposalView::new(decided, &present)))
 }

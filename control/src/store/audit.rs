@@ -30,6 +30,11 @@ impl<'a> Entry<'a> {
         Self { actor, action, target: String::new(), at_ms, why, before: None, after: None }
     }
 
+    /// Who does it, and why.
+    pub(crate) fn who(&self) -> (&'a str, &'a str) {
+        (self.actor.0, self.why.0)
+    }
+
     /// What it is done to.
     pub(crate) fn of(&self, target: &str) -> Self {
         Self { target: target.to_owned(), ..self.clone() }

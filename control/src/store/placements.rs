@@ -1,5 +1,7 @@
 //! Committed placements.
 
+use std::collections::BTreeMap;
+
 use protocol::message::ServedLayer;
 use protocol::placement::Placement;
 use protocol::session::{LayerPlacement, Register};
@@ -8,12 +10,39 @@ use sqlx::{FromRow, SqliteConnection};
 
 use super::audit::{self, Entry};
 use super::{Store, StoreError, signed};
-use crate::placing::{Misfit, PlacementFile, fits, in_order, rooms};
+use crate::placing::{Misfit, PlacementFile, fits, in_order, layer_placement, rooms};
+use crate::proposing::Proposal;
 
 /// What a placement comes from.
 const DEFAULT: &str = "default";
 const FILE: &str = "file";
 const IMPORT: &str = "import";
+const PROPOSAL: &str = "proposal";
+
+/// What a placement was made from.
+#[derive(Debug, Clone, Copy)]
+enum Source<'a> {
+    /// Nobody's decision.
+    Default,
+    /// A file, by its digest.
+    File(&'a str),
+    /// Another engine's placement.
+    Import,
+    /// A proposal, by its name.
+    Proposal(&'a str),
+}
+
+impl<'a> Source<'a> {
+    /// Its name in the store, the digest of a file, and the name of a proposal.
+    fn columns(self) -> (&'static str, Option<&'a str>, Option<&'a str>) {
+        match self {
+            Self::Default => (DEFAULT, None, None),
+            Self::File(digest) => (FILE, Some(digest), None),
+            Self::Import => (IMPORT, None, None),
+            Self::Proposal(id) => (PROPOSAL, None, Some(id)),
+        }
+    }
+}
 
 /// A placement of a layer, and where it comes from.
 #[derive(Debug, Clone)]
@@ -22,6 +51,8 @@ pub(crate) struct Committed {
     pub(crate) epoch: u64,
     pub(crate) placement: Placement,
     pub(crate) source: String,
+    /// The proposal that it was made by.
+    pub(crate) proposal: Option<String>,
     /// Milliseconds since 1970.
     pub(crate) made_ms: u64,
 }
@@ -57,6 +88,7 @@ struct Row {
     epoch: i64,
     placement: String,
     source: String,
+    proposal: Option<String>,
     made_ms: i64,
 }
 
@@ -64,11 +96,11 @@ impl TryFrom<Row> for Committed {
     type Error = StoreError;
 
     fn try_from(row: Row) -> Result<Self, StoreError> {
-        let Row { layer, epoch, source, .. } = row;
+        let Row { layer, epoch, source, proposal, .. } = row;
         let placement = serde_json::from_str(&row.placement)
             .map_err(|source| StoreError::Placement { layer, epoch, source })?;
         let (epoch, made_ms) = (epoch.unsigned_abs(), row.made_ms.unsigned_abs());
-        Ok(Self { layer, epoch, placement, source, made_ms })
+        Ok(Self { layer, epoch, placement, source, proposal, made_ms })
     }
 }
 
@@ -104,8 +136,8 @@ impl Store {
             return Ok(fitting);
         }
         let (placements, source) = match file {
-            Some(file) => (file.placements(of)?, (FILE, Some(&file.digest))),
-            None => (in_order(of)?, (DEFAULT, None)),
+            Some(file) => (file.placements(of)?, Source::File(&file.digest)),
+            None => (in_order(of)?, Source::Default),
         };
         let place = |(layer, placement): (&ServedLayer, Placement)| {
             let before = newest.iter().find(|committed| committed.layer == layer.number);
@@ -140,7 +172,7 @@ impl Store {
             let epoch = epoch + u64::from(changed);
             if changed {
                 let placed = LayerPlacement { layer, epoch, placement };
-                commit(&mut transaction, of, &placed, ((IMPORT, None), entry.at_ms)).await?;
+                commit(&mut transaction, of, &placed, (Source::Import, entry.at_ms)).await?;
                 before.push(known.map(|committed| (layer, committed.epoch)));
             }
             imported.push(Imported { layer, epoch, changed });
@@ -173,7 +205,7 @@ impl Store {
         limit: usize,
     ) -> Result<Vec<Committed>, StoreError> {
         let rows: Vec<Row> = sqlx::query_as(
-            "SELECT layer, epoch, placement, source, made_ms FROM placements
+            "SELECT layer, epoch, placement, source, proposal, made_ms FROM placements
              WHERE group_name = ?1 AND model = ?2 AND layer = ?3 AND epoch < ?4
              ORDER BY epoch DESC LIMIT ?5",
         )
@@ -194,7 +226,7 @@ async fn newest(
     model: &str,
 ) -> Result<Vec<Committed>, StoreError> {
     let rows: Vec<Row> = sqlx::query_as(
-        "SELECT layer, max(epoch) AS epoch, placement, source, made_ms FROM placements
+        "SELECT layer, max(epoch) AS epoch, placement, source, proposal, made_ms FROM placements
          WHERE group_name = ?1 AND model = ?2 GROUP BY layer ORDER BY layer",
     )
     .bind(group)
@@ -202,6 +234,40 @@ async fn newest(
     .fetch_all(connection)
     .await?;
     rows.into_iter().map(Committed::try_from).collect()
+}
+
+/// The newest committed epoch of each layer.
+pub(super) async fn newest_epochs(
+    connection: &mut SqliteConnection,
+    group: &str,
+    model: &str,
+) -> Result<BTreeMap<u32, u64>, StoreError> {
+    let rows: Vec<(u32, i64)> = sqlx::query_as(
+        "SELECT layer, max(epoch) FROM placements WHERE group_name = ?1 AND model = ?2
+         GROUP BY layer",
+    )
+    .bind(group)
+    .bind(model)
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(|(layer, epoch)| (layer, epoch.unsigned_abs())).collect())
+}
+
+/// Commits what a proposal changes, each layer under the epoch after the one that it replaces.
+pub(super) async fn commit_proposal(
+    connection: &mut SqliteConnection,
+    of: &Register,
+    proposal: &Proposal,
+    now_ms: u64,
+) -> Result<(), PlaceError> {
+    let file = format!("proposal {}", proposal.id);
+    for change in &proposal.changes {
+        let (layer, epoch) = (change.layer, change.epoch + 1);
+        let placement = layer_placement(&file, of, layer, &change.phy2log)?;
+        let placed = LayerPlacement { layer, epoch, placement };
+        commit(connection, of, &placed, (Source::Proposal(&proposal.id), now_ms)).await?;
+    }
+    Ok(())
 }
 
 /// Digest of the file that was committed last.
@@ -221,7 +287,7 @@ async fn commit(
     connection: &mut SqliteConnection,
     of: &Register,
     placed: &LayerPlacement,
-    ((source, file_digest), now_ms): ((&str, Option<&String>), u64),
+    (source, now_ms): (Source<'_>, u64),
 ) -> Result<(), StoreError> {
     let LayerPlacement { layer, epoch, placement } = placed;
     let epoch = signed(*epoch)?;
@@ -230,10 +296,11 @@ async fn commit(
         epoch,
         source,
     })?;
+    let (source, file_digest, proposal) = source.columns();
     sqlx::query(
         "INSERT INTO placements
-             (group_name, model, layer, epoch, placement, source, file_digest, made_ms)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+             (group_name, model, layer, epoch, placement, source, file_digest, proposal, made_ms)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
     )
     .bind(&of.group)
     .bind(&of.model.digest)
@@ -242,6 +309,7 @@ async fn commit(
     .bind(text)
     .bind(source)
     .bind(file_digest)
+    .bind(proposal)
     .bind(signed(now_ms)?)
     .execute(connection)
     .await?;
