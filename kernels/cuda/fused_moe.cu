@@ -287,11 +287,15 @@ __device__ inline void multiply(u32 stage, const Offsets& offsets, u32 there,
     }
 }
 
-__device__ inline float activate(const Params& p, float gate, float up) {
+// `fast` is within some units of the last place of fp32, of which bf16 keeps nothing; quantisers need them all, because
+// they round at midpoints that values meet exactly.
+__device__ inline float activate(const Params& p, float gate, float up, bool fast = false) {
     // Not fminf and fmaxf, which would turn a NaN into a number.
     gate = gate > p.limit ? p.limit : gate;
     up = up > p.limit ? p.limit : (up < -p.limit ? -p.limit : up);
-    const float sigmoid = __fdiv_rn(1.0f, 1.0f + expf(-__fmul_rn(p.alpha, gate)));
+    const float power = -__fmul_rn(p.alpha, gate);
+    const float sigmoid = fast ? __fdividef(1.0f, 1.0f + __expf(power))
+                               : __fdiv_rn(1.0f, 1.0f + expf(power));
     return __fmul_rn(__fmul_rn(__fadd_rn(up, p.beta), gate), sigmoid);
 }
 

@@ -44,6 +44,44 @@ const FUSED_SHARED: u32 = 4 * (36_864 + 32 * 528) + 16_384 + 4 * 2 * 8 + 5 * (32
 /// Tiles of a row block.
 const BLOCK_TILES: u32 = 16;
 
+/// Threads of a kernel of a tiled call: two warpgroups that multiply, one of which two threads copy.
+const TILED_THREADS: u32 = 3 * 128;
+/// Most tokens of a tile.
+const TILE_TOKENS: usize = 256;
+/// Its shared memory: four stages of 256 rows of 128 bytes and as much to write from, three stages of 18,432 bytes of
+/// weights, two words for each token, barriers and tasks.
+const TILED_SHARED: u32 = 5 * 256 * 128 + 3 * 18_432 + 2 * 256 * 4 + 20 * 8 + 3 * 24;
+
+/// How a call is run. All its sums are in the order of the tactic: a token's bits do not depend on what shares its batch as
+/// long as the tactic is the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CudaTactic {
+    /// One launch that streams weights past up to 32 tokens of an expert: bound by memory, for decoding.
+    Streamed,
+    /// Tokens gathered by expert, tiles of up to 256 of them times 128 rows of weights: bound by tensor cores, for prefill.
+    Tiled,
+}
+
+impl CudaTactic {
+    /// Every tactic.
+    pub const ALL: [Self; 2] = [Self::Streamed, Self::Tiled];
+
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Streamed => "streamed",
+            Self::Tiled => "tiled",
+        }
+    }
+
+    /// The tactic of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|tactic| tactic.name() == name)
+    }
+}
+
 /// Which GPU, and where its compiled code is kept.
 #[derive(Debug, Clone)]
 pub struct CudaOptions {
@@ -53,6 +91,8 @@ pub struct CudaOptions {
     pub cache: PathBuf,
     /// Slower code, of which tools that look for races see all of the order.
     pub every_lane_arrives: bool,
+    /// One tactic for every call; by default each call gets one by its tokens.
+    pub tactic: Option<CudaTactic>,
 }
 
 /// Compiles the device code with NVRTC, which needs no GPU, and says what became of its kernels.
@@ -177,37 +217,71 @@ struct Layer {
 struct Kernels {
     quantise_tokens: CudaFunction,
     fused_moe: CudaFunction,
+    count_pairs: CudaFunction,
+    sort_pairs: CudaFunction,
+    gather_tokens: CudaFunction,
+    tiled_gate_up: CudaFunction,
+    tiled_down: CudaFunction,
+    sum_terms: CudaFunction,
     multiprocessors: usize,
+    tactic: Option<CudaTactic>,
 }
 
 impl Kernels {
-    fn new(gpu: &Gpu) -> Result<Self, CudaError> {
+    fn new(gpu: &Gpu, tactic: Option<CudaTactic>) -> Result<Self, CudaError> {
         Ok(Self {
+            count_pairs: gpu.kernel("count_pairs")?,
+            sort_pairs: gpu.kernel("sort_pairs")?,
+            gather_tokens: gpu.kernel("gather_tokens")?,
+            tiled_gate_up: gpu.large_kernel("tiled_gate_up", TILED_SHARED)?,
+            tiled_down: gpu.large_kernel("tiled_down", TILED_SHARED)?,
+            sum_terms: gpu.kernel("sum_terms")?,
+            tactic,
             quantise_tokens: gpu.kernel("quantise_tokens")?,
             fused_moe: gpu.large_kernel("fused_moe", FUSED_SHARED)?,
             multiprocessors: gpu.multiprocessors()?,
         })
     }
 
+    /// The tactic of a call with so many places.
+    fn tactic(&self, shape: &LayerShape, places: usize) -> CudaTactic {
+        let many = places >= TILED_FROM * shape.experts as usize;
+        let by_tokens = if many { CudaTactic::Tiled } else { CudaTactic::Streamed };
+        self.tactic.unwrap_or(by_tokens)
+    }
+
     /// Starts all of a call.
-    fn launch(&self, gpu: &Gpu, params: &Params) -> Result<(), DriverError> {
+    fn launch(&self, gpu: &Gpu, tactic: CudaTactic, params: &Params) -> Result<(), DriverError> {
+        let plain = |blocks, threads: usize| Grid {
+            blocks,
+            threads: threads as u32,
+            shared: 0,
+            resident: false,
+        };
         if params.quantised != 0 {
             let blocks = params.tokens as usize * params.hidden as usize / BLOCK;
-            let grid = Grid {
-                blocks: blocks.div_ceil(THREADS),
-                threads: THREADS as u32,
-                shared: 0,
-                resident: false,
-            };
-            gpu.launch(&self.quantise_tokens, grid, params)?;
+            gpu.launch(&self.quantise_tokens, plain(blocks.div_ceil(THREADS), THREADS), params)?;
         }
-        let grid = Grid {
-            blocks: self.multiprocessors,
-            threads: FUSED_THREADS,
-            shared: FUSED_SHARED,
-            resident: true,
-        };
-        gpu.launch(&self.fused_moe, grid, params)
+        let blocks = self.multiprocessors;
+        match tactic {
+            CudaTactic::Streamed => {
+                let (threads, shared) = (FUSED_THREADS, FUSED_SHARED);
+                let grid = Grid { blocks, threads, shared, resident: true };
+                gpu.launch(&self.fused_moe, grid, params)
+            }
+            CudaTactic::Tiled => {
+                let (threads, shared) = (TILED_THREADS, TILED_SHARED);
+                let grid = Grid { blocks, threads, shared, resident: false };
+                let places = params.tokens as usize * params.top_k as usize;
+                let sorts = plain(places.div_ceil(SORTED_PLACES), SORT_THREADS);
+                gpu.launch(&self.count_pairs, sorts, params)?;
+                gpu.launch(&self.sort_pairs, sorts, params)?;
+                gpu.launch(&self.gather_tokens, plain(params.tokens as usize, THREADS), params)?;
+                gpu.launch(&self.tiled_gate_up, grid, params)?;
+                gpu.launch(&self.tiled_down, grid, params)?;
+                gpu.launch(&self.sum_terms, plain(blocks * 8, 256), params)
+            }
+        }
     }
 
     /// Jobs by which FC1 runs ahead of FC2: two rounds of the multiprocessors, so that whoever draws
@@ -229,12 +303,28 @@ struct Workspace {
     counters: Memory<u32>,
     control: Memory<u32>,
     pairs: Memory<Pair>,
+    pool: Memory<u8>,
+    tiles: Memory<Job>,
+    spots: Memory<u32>,
     ids: Memory<i32>,
     weights: Memory<f32>,
     pinned: Pinned,
     /// Calls so far, never 0 in a launch.
     calls: u32,
 }
+
+/// Pairs for each expert of a layer from which a call is tiled.
+const TILED_FROM: usize = 32;
+
+/// Places that a block sorts, and its threads.
+const SORTED_PLACES: usize = 1_024;
+const SORT_THREADS: usize = 256;
+
+/// Columns of a step, for which a row of a pool has 128 bytes.
+const STEP_COLUMNS: usize = 64;
+const ROW: usize = 128;
+/// Rows of a tile are a multiple of this.
+const ROWS_STEP: usize = 8;
 
 /// Places of a small call, whose counters lie behind the other words that blocks share.
 const SMALL_PLACES: usize = 32;
@@ -256,6 +346,9 @@ impl Workspace {
             counters: Memory::new("counters"),
             control,
             pairs: Memory::new("pairs"),
+            pool: Memory::new("tokens by expert"),
+            tiles: Memory::new("tiles"),
+            spots: Memory::new("spots"),
             ids: Memory::new("ids"),
             weights: Memory::new("weights"),
             pinned: Pinned::new(),
@@ -267,12 +360,22 @@ impl Workspace {
     fn params(
         &mut self,
         gpu: &Gpu,
-        layer: &Layer,
+        (layer, tactic): (&Layer, CudaTactic),
         form: Form,
         (tokens, top_k): (u32, u32),
     ) -> Result<Params, CudaError> {
         let LayerShape { hidden, intermediate, swiglu, experts, .. } = layer.shape;
         let places = tokens as usize * top_k as usize;
+        let tiled = tactic == CudaTactic::Tiled;
+        // Every tile but those that are full may be an expert's only one, and rounded up.
+        let tiles = places.min(experts as usize) + places / TILE_TOKENS;
+        let pool_rows = places + tiles * (ROWS_STEP - 1);
+        let counts = places.div_ceil(SORTED_PLACES) * experts as usize;
+        let pool_bytes = |columns: u32| pool_rows * (columns as usize).div_ceil(STEP_COLUMNS) * ROW;
+        let mid_bytes = match tiled {
+            true => pool_bytes(intermediate),
+            false => places * intermediate as usize * 2,
+        };
         let rows = tokens as usize * hidden as usize * 2;
         self.calls = self.calls.wrapping_add(1).max(1);
         let control = gpu.address(&self.control);
@@ -282,17 +385,22 @@ impl Workspace {
             fc2: layer.fc2,
             scalars: layer.scalars[usize::from(form.act == ActFormat::Nvfp4)],
             x: gpu.grow(&mut self.x, rows)?,
-            mid: gpu.grow(&mut self.mid, places * intermediate as usize * 2)?,
+            mid: gpu.grow(&mut self.mid, mid_bytes)?,
             terms: gpu.grow(&mut self.terms, places * hidden as usize * 2)?,
             out: gpu.grow(&mut self.out, rows)?,
             jobs: gpu.grow(&mut self.jobs, places)?,
-            counters: if places <= SMALL_PLACES {
-                control + (COUNTERS * size_of::<u32>()) as u64
-            } else {
-                gpu.grow(&mut self.counters, places)?
+            counters: match tactic {
+                CudaTactic::Tiled => gpu.grow(&mut self.counters, counts)?,
+                CudaTactic::Streamed if places <= SMALL_PLACES => {
+                    control + (COUNTERS * size_of::<u32>()) as u64
+                }
+                CudaTactic::Streamed => gpu.grow(&mut self.counters, places)?,
             },
             control,
-            pairs: gpu.grow(&mut self.pairs, places)?,
+            pairs: gpu.grow(&mut self.pairs, if tiled { pool_rows } else { places })?,
+            pool: gpu.grow(&mut self.pool, if tiled { pool_bytes(hidden) } else { 0 })?,
+            tiles: gpu.grow(&mut self.tiles, if tiled { tiles } else { 0 })?,
+            spots: gpu.grow(&mut self.spots, if tiled { 2 * places } else { 0 })?,
             ids: gpu.grow(&mut self.ids, places)?,
             weights: gpu.grow(&mut self.weights, places)?,
             tokens,
@@ -341,7 +449,7 @@ impl CudaDevice {
         let (context, name) = context(options.gpu)?;
         let cubin = compile::cubin(&source::program(), &source::options(options), &options.cache)?;
         let gpu = Gpu::new(context, cubin)?;
-        let kernels = Kernels::new(&gpu)?;
+        let kernels = Kernels::new(&gpu, options.tactic)?;
         let mut layers = Vec::new();
         for position in 0..checkpoint.layers().len() {
             layers.push(load(&gpu, &kernels, checkpoint, position)?);
@@ -360,13 +468,14 @@ impl CudaDevice {
         let layer = &layers[position];
         let rows = call.tokens as usize * layer.shape.hidden as usize * 2;
         let size = (call.tokens, call.top_k);
-        let params = workspace.params(gpu, layer, call.form, size)?;
+        let tactic = kernels.tactic(&layer.shape, size.0 as usize * size.1 as usize);
+        let params = workspace.params(gpu, (layer, tactic), call.form, size)?;
         let Workspace { x, out, ids, weights, pinned, .. } = workspace;
         call.buffer.read(call.offsets.hidden, gpu.pin(pinned, rows)?);
         gpu.send(pinned, rows, x)?;
         gpu.upload(&assignments.ids, ids)?;
         gpu.upload(&assignments.weights, weights)?;
-        let launched = kernels.launch(gpu, &params);
+        let launched = kernels.launch(gpu, tactic, &params);
         launched.map_err(|error| CudaError::Driver { call: "cuLaunchKernel", error })?;
         gpu.fetch(out, rows, pinned)?;
         call.buffer.write(call.offsets.output, &*gpu.pin(pinned, rows)?);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use ::tests::random::Random;
 use anyhow::{Context, Result, ensure};
-use kernels::cuda::{CudaBench, CudaOptions, default_cache};
+use kernels::cuda::{CudaBench, CudaOptions, CudaTactic, default_cache};
 use kernels::problem::{Form, LayerShape, Swiglu};
 
 #[derive(clap::Args)]
@@ -21,12 +21,21 @@ pub(crate) struct Options {
     /// Tokens.
     #[arg(long, value_delimiter = ',', default_value = "1,8,64,256")]
     tokens: Vec<usize>,
+    /// One tactic, streamed or tiled, whatever the tokens.
+    #[arg(long, value_parser = tactic)]
+    tactic: Option<CudaTactic>,
     /// Folder of routings, raw i32 `[T, k]` in MODEL_TT.i32; seeded uniform ones otherwise.
     #[arg(long)]
     routing: Option<PathBuf>,
     /// Output of the peer for the same routings.
     #[arg(long)]
     peer: Option<PathBuf>,
+}
+
+fn tactic(name: &str) -> Result<CudaTactic, String> {
+    CudaTactic::named(name).ok_or_else(|| {
+        format!("expected one of {}", CudaTactic::ALL.map(CudaTactic::name).join(", "))
+    })
 }
 
 /// Experts, top-k, hidden, intermediate.
@@ -47,8 +56,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             *model.with_context(|| format!("{name} is no model of this list"))?;
         let swiglu = Swiglu::default();
         let shape = LayerShape { experts, top_k, hidden, intermediate, swiglu };
-        let cuda =
-            CudaOptions { gpu: options.gpu, cache: default_cache(), every_lane_arrives: false };
+        let cuda = CudaOptions {
+            gpu: options.gpu,
+            cache: default_cache(),
+            every_lane_arrives: false,
+            tactic: options.tactic,
+        };
         let mut bench = CudaBench::new(&cuda, shape)?;
         for &tokens in &options.tokens {
             let ids = ids(options.routing.as_deref(), name, tokens, &shape)?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use kernels::checkpoint::Checkpoint;
 use kernels::cpu::{CpuDevice, CpuOptions};
-use kernels::cuda::{CudaDevice, CudaOptions, default_cache};
+use kernels::cuda::{CudaDevice, CudaOptions, CudaTactic, default_cache};
 use kernels::device::Device;
 use reference::compare::Comparison;
 use reference::layer::{Inputs, Variant};
@@ -34,29 +34,42 @@ pub(crate) struct Options {
 const BATCHES: [usize; 9] = [1, 2, 3, 7, 8, 9, 33, 64, 301];
 
 pub(crate) fn run(options: &Options) -> Result<bool> {
-    let cuda = CudaOptions {
-        gpu: options.gpu,
-        cache: default_cache(),
-        every_lane_arrives: options.every_lane_arrives,
-    };
+    let mut counts = [0, 0];
+    for tactic in CudaTactic::ALL {
+        let cuda = CudaOptions {
+            gpu: options.gpu,
+            cache: default_cache(),
+            every_lane_arrives: options.every_lane_arrives,
+            tactic: Some(tactic),
+        };
+        check(options, &cuda, tactic.name(), &mut counts)?;
+    }
+    let [failed, passed] = counts;
+    writeln!(io::stdout(), "{passed} passed, {failed} failed")?;
+    Ok(failed == 0 && passed > 0)
+}
+
+/// Everything with one tactic; counts what failed and what passed.
+fn check(options: &Options, cuda: &CudaOptions, tactic: &str, counts: &mut [u32; 2]) -> Result<()> {
     let mut out = io::stdout();
-    let mut failed = 0;
-    let mut passed = 0;
     for dir in case::find(&options.dir.join("moe-golden"))? {
-        for (variant, comparison) in golden(&dir, &cuda).with_context(|| case::name(&dir))? {
+        for (variant, comparison) in golden(&dir, cuda).with_context(|| case::name(&dir))? {
             let passes = comparison.passes(variant);
             let word = if passes { "pass" } else { "FAIL" };
-            writeln!(out, "{:<28} {variant} {comparison}: {word}", case::name(&dir))?;
-            *(if passes { &mut passed } else { &mut failed }) += 1;
+            writeln!(out, "{tactic:<8} {:<28} {variant} {comparison}: {word}", case::name(&dir))?;
+            counts[usize::from(passes)] += 1;
         }
     }
     let model = (!options.golden_only).then(|| options.dir.join("tiny-kjv-moe"));
-    for (what, worst, same) in model.map_or(Ok(Vec::new()), |dir| batches(&dir, &cuda))? {
-        writeln!(out, "{what}: worst relative error beside the cpu device {worst:.2e}")?;
-        *(if same { &mut passed } else { &mut failed }) += 1;
+    for (what, worst, same) in model.map_or(Ok(Vec::new()), |dir| batches(&dir, cuda))? {
+        let word = if same { "pass" } else { "FAIL" };
+        writeln!(
+            out,
+            "{tactic:<8} {what}: relative error {worst:.2e} beside the cpu device: {word}"
+        )?;
+        counts[usize::from(same)] += 1;
     }
-    writeln!(out, "{passed} passed, {failed} failed")?;
-    Ok(failed == 0 && passed > 0)
+    Ok(())
 }
 
 fn golden(dir: &Path, cuda: &CudaOptions) -> Result<Vec<(Variant, Comparison)>> {

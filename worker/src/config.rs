@@ -352,7 +352,7 @@ impl DeviceConfig {
     #[must_use]
     pub fn cuda(&self) -> CudaOptions {
         let cache = self.cubin_cache.clone().unwrap_or_else(default_cache);
-        CudaOptions { gpu: self.gpu, cache, every_lane_arrives: false }
+        CudaOptions { gpu: self.gpu, cache, every_lane_arrives: false, tactic: None }
     }
 
     /// The options of the CPU device, on a host that `ranks` ranks share.

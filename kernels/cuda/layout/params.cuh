@@ -24,6 +24,7 @@ enum Control : u32 {
     FINISHED,   // blocks that have written their last term
     ROUTED,     // the call whose jobs are there
     LEFT,       // blocks that look at none of this any more
+    TILE_TICKETS,  // of a tiled call: drawn of FC1, of FC2
     COUNTERS = 8,  // of a small call, for each of its jobs: tiles of FC1 that are done
 };
 
@@ -38,6 +39,9 @@ struct Scalars {
     float norm_const;
 };
 
+struct Tile;
+struct Spot;
+
 struct Params {
     const u8* fc1;           // units of every expert, tiles of 8 gate and 8 up rows
     const u8* fc2;           // units of every expert, tiles of 16 rows
@@ -50,6 +54,9 @@ struct Params {
     u32* counters;           // [jobs]: tiles of FC1 that are done; in `control` for a small call
     u32* control;            // see the words of Control
     Pair* pairs;
+    u8* pool;                // of a tiled call: tokens by expert; so is its `mid` (stage/pool.cuh)
+    Tile* tiles;
+    Spot* spots;             // [tokens * top_k]
     const int* ids;          // [tokens, top_k]
     const float* weights;    // [tokens, top_k]
     u32 tokens;

@@ -13,6 +13,7 @@
 
 constexpr u32 STEP_COLUMNS = 64;
 constexpr u32 STEP_CODE_BYTES = 512;
+constexpr u32 STEP_BLOCKS = STEP_COLUMNS / BLOCK;
 constexpr u32 WIDE_STEPS = 4;
 constexpr u32 BLOCK_TILES = 16;
 

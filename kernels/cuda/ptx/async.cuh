@@ -72,6 +72,23 @@ __device__ inline void copy_row(void* to, const void* from, u32 bytes, u64* barr
         : "memory");
 }
 
+// Copies out of shared memory; its source may be written again once `copied_out` says so, and what it wrote is there once
+// `copied_out_whole` does. All by one thread.
+__device__ inline void copy_out(void* to, const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+__device__ inline void copied_out() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ inline void copied_out_whole() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // Between ordinary writes and asynchronous reads of the same memory, on both sides.
 __device__ inline void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
@@ -134,6 +151,10 @@ __device__ inline u32 load2(u32 from) {
     return to;
 }
 
+__device__ inline void store4(u32 to, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 // Loads if `there`; otherwise leaves what was there before.
 __device__ inline void load16_if(uint4& to, u32 from, bool there) {
     asm("{\n"
@@ -163,3 +184,8 @@ __device__ inline void arrive_if(u32 barrier, bool arrives) {
 // the value instead of computing it again in every loop.
 __device__ inline u32 kept_uniform(u32 value) { return __shfl_sync(~0u, value, 0); }
 __device__ inline u32 kept(u32 value) { return __shfl_sync(~0u, value, threadIdx.x % 32); }
+
+// What comes after this comes after the words are computed.
+__device__ inline void taken(const u32 (&words)[4]) {
+    asm volatile("" ::"r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
+}

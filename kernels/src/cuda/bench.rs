@@ -55,7 +55,7 @@ impl CudaBench {
         let (context, _) = context(options.gpu)?;
         let cubin = compile::cubin(&source::program(), &source::options(options), &options.cache)?;
         let gpu = Gpu::new(context, cubin)?;
-        let kernels = Kernels::new(&gpu)?;
+        let kernels = Kernels::new(&gpu, options.tactic)?;
         let [mut fc1_memory, mut fc2_memory] = [Memory::new("weights"), Memory::new("weights")];
         let [fc1_bytes, fc2_bytes] = units::expert_bytes(&shape);
         let fc1 = weights(&gpu, &shape, fc1_bytes, &mut fc1_memory)?;
@@ -90,7 +90,8 @@ impl CudaBench {
     pub fn time(&mut self, ids: &[i32], top_k: u32, form: Form) -> Result<Timing, CudaError> {
         let Self { gpu, kernels, layer, workspace, .. } = self;
         let tokens = ids.len() as u32 / top_k;
-        let params = workspace.params(gpu, layer, form, (tokens, top_k))?;
+        let tactic = kernels.tactic(&layer.shape, ids.len());
+        let params = workspace.params(gpu, (layer, tactic), form, (tokens, top_k))?;
         let rows = tokens as usize * layer.shape.hidden as usize;
         // bf16 near 1, without two alike: power depends on the bits.
         let x: Vec<u8> = (0..rows as u32)
@@ -104,7 +105,8 @@ impl CudaBench {
             // Each launch has a number of its own.
             let first = numbers.get();
             numbers.set(first + calls as u32);
-            let mut launch = |n: u32| kernels.launch(gpu, &Params { call: first + n, ..*params });
+            let mut launch =
+                |n: u32| kernels.launch(gpu, tactic, &Params { call: first + n, ..*params });
             gpu.time(|| (0..calls as u32).try_for_each(&mut launch))
         };
         let failed = |error| CudaError::Driver { call: "a timed call", error };
@@ -132,7 +134,7 @@ impl CudaBench {
         for n in 0..HOST_CALLS {
             let began = processor_us();
             let call = numbers.get() + n;
-            kernels.launch(gpu, &Params { call, ..params }).map_err(failed)?;
+            kernels.launch(gpu, tactic, &Params { call, ..params }).map_err(failed)?;
             host_us += processor_us() - began;
             // Not while the queue is full: the host would wait.
             gpu.wait().map_err(failed)?;

@@ -42,6 +42,8 @@ pub struct Compiled {
     pub registers: u32,
     /// Bytes of registers that are written to memory for want of room.
     pub spill_bytes: u32,
+    /// Whether its products wait for one another, because the assembler does not see that they need not.
+    pub serialised: bool,
 }
 
 /// Compiles a program, whatever is cached, and reports its kernels.
@@ -57,10 +59,14 @@ fn kernels_of(log: &str) -> Vec<Compiled> {
         text.trim().chars().take_while(digits).collect::<String>().parse::<u32>().ok()
     };
     let mut all: Vec<Compiled> = Vec::new();
+    let mut serialised = Vec::new();
     for line in log.lines() {
+        if let Some((_, rest)) = line.split_once("instructions are serialized") {
+            serialised.extend(rest.split('\'').nth(1));
+        }
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
             let kernel = rest.split('\'').next().unwrap_or_default().to_owned();
-            all.push(Compiled { kernel, registers: 0, spill_bytes: 0 });
+            all.push(Compiled { kernel, registers: 0, spill_bytes: 0, serialised: false });
         }
         let Some(last) = all.last_mut() else { continue };
         if let Some((_, rest)) = line.split_once("bytes stack frame,") {
@@ -70,6 +76,9 @@ fn kernels_of(log: &str) -> Vec<Compiled> {
         if let Some((_, rest)) = line.split_once("Used ") {
             last.registers = number(rest).unwrap_or(0);
         }
+    }
+    for compiled in &mut all {
+        compiled.serialised = serialised.contains(&&*compiled.kernel);
     }
     all
 }
@@ -167,6 +176,8 @@ mod tests {
     #[test]
     fn registers_and_spills_are_read() {
         let log = "\
+ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient \
+register resources for the function 'quantise'
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'fused_moe' for 'sm_90a'
 ptxas info    : Function properties for fused_moe
@@ -181,6 +192,7 @@ ptxas info    : Used 24 registers, used 0 barriers
             kernel: kernel.to_owned(),
             registers,
             spill_bytes,
+            serialised: kernel == "quantise",
         };
         assert_eq!(kernels_of(log), [compiled("fused_moe", 96, 16), compiled("quantise", 24, 0)]);
     }

@@ -47,6 +47,9 @@ pub(super) struct Params {
     pub(super) counters: u64,
     pub(super) control: u64,
     pub(super) pairs: u64,
+    pub(super) pool: u64,
+    pub(super) tiles: u64,
+    pub(super) spots: u64,
     pub(super) ids: u64,
     pub(super) weights: u64,
     pub(super) tokens: u32,
@@ -67,5 +70,5 @@ pub(super) struct Params {
 
 // C++ lays these out without padding, in the same order.
 const _: () = assert!(size_of::<Job>() == 16 && size_of::<Pair>() == 16);
-const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 13 * 8 + 14 * 4);
-const _: () = assert!(offset_of!(Params, tokens) == 104 && offset_of!(Params, beta) == 144);
+const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 16 * 8 + 14 * 4);
+const _: () = assert!(offset_of!(Params, tokens) == 128 && offset_of!(Params, beta) == 168);

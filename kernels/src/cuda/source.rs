@@ -2,18 +2,22 @@
 
 use super::{
     BLOCK_TILES, COUNTERS, CudaOptions, EXPERTS_MAX, FUSED_SHARED, FUSED_THREADS, SMALL_PLACES,
+    SORT_THREADS, SORTED_PLACES, TILE_TOKENS, TILED_SHARED, TILED_THREADS,
 };
 
 /// The files in the order in which they are compiled, as one program without headers.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 12] = [
     ("numeric.cuh", include_str!("../../cuda/numeric.cuh")),
     ("layout/params.cuh", include_str!("../../cuda/layout/params.cuh")),
     ("layout/unit.cuh", include_str!("../../cuda/layout/unit.cuh")),
     ("ptx/async.cuh", include_str!("../../cuda/ptx/async.cuh")),
+    ("ptx/wgmma.cuh", include_str!("../../cuda/ptx/wgmma.cuh")),
     ("stage/quantise.cuh", include_str!("../../cuda/stage/quantise.cuh")),
     ("stage/route.cuh", include_str!("../../cuda/stage/route.cuh")),
     ("stage/combine.cuh", include_str!("../../cuda/stage/combine.cuh")),
+    ("stage/pool.cuh", include_str!("../../cuda/stage/pool.cuh")),
     ("fused_moe.cu", include_str!("../../cuda/fused_moe.cu")),
+    ("tiled_moe.cu", include_str!("../../cuda/tiled_moe.cu")),
     ("bench.cuh", include_str!("../../cuda/bench.cuh")),
 ];
 
@@ -33,6 +37,11 @@ pub(super) fn options(options: &CudaOptions) -> Vec<String> {
         ("HOST_EXPERTS_MAX", EXPERTS_MAX as usize),
         ("HOST_SMALL_PLACES", SMALL_PLACES),
         ("HOST_COUNTERS", COUNTERS),
+        ("HOST_TILED_THREADS", TILED_THREADS as usize),
+        ("HOST_TILED_SHARED", TILED_SHARED as usize),
+        ("HOST_TILE_TOKENS", TILE_TOKENS),
+        ("HOST_SORT_THREADS", SORT_THREADS),
+        ("HOST_SORTED_PLACES", SORTED_PLACES),
     ];
     all.extend(host.map(|(name, value)| format!("--define-macro={name}={value}")));
     all
