@@ -46,32 +46,45 @@ const BLOCK_TILES: u32 = 16;
 
 /// Threads of a kernel of a tiled call: two warpgroups that multiply, one of which two threads copy.
 const TILED_THREADS: u32 = 3 * 128;
-/// Most tokens of a tile.
-const TILE_TOKENS: usize = 256;
-/// Its shared memory: four stages of 256 rows of 128 bytes and as much to write from, three stages of 18,432 bytes of
-/// weights, two words for each token, barriers and tasks.
-const TILED_SHARED: u32 = 5 * 256 * 128 + 3 * 18_432 + 2 * 256 * 4 + 20 * 8 + 3 * 24;
+/// Most tokens of a tile; a multiprocessor has one block of wide tiles, or two of narrow ones.
+const WIDE_TILE: usize = 256;
+/// See above.
+const NARROW_TILE: usize = 64;
+/// Shared memory of a block.
+const WIDE_SHARED: u32 = tiled_shared(WIDE_TILE as u32);
+/// See above.
+const NARROW_SHARED: u32 = tiled_shared(NARROW_TILE as u32);
+
+/// Four stages of rows of 128 bytes, 128 or fewer rows of each warpgroup to write from, three stages of 18,432 bytes of
+/// weights, four words for each token, barriers and tasks.
+const fn tiled_shared(tile: u32) -> u32 {
+    let staged = if tile < 128 { tile } else { 128 };
+    (4 * tile + 2 * staged) * 128 + 3 * 18_432 + tile * 16 + 22 * 8 + 3 * 24
+}
 
 /// How a call is run. All its sums are in the order of the tactic: a token's bits do not depend on what shares its batch as
-/// long as the tactic is the same.
+/// long as the tactic is the same. The two tiled ones have the same order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CudaTactic {
     /// One launch that streams weights past up to 32 tokens of an expert: bound by memory, for decoding.
     Streamed,
-    /// Tokens gathered by expert, tiles of up to 256 of them times 128 rows of weights: bound by tensor cores, for prefill.
-    Tiled,
+    /// Tokens gathered by expert, tiles of up to 64 of them times 128 rows of weights: bound by the decoding of weights.
+    Narrow,
+    /// The same with tiles of up to 256: bound by tensor cores.
+    Wide,
 }
 
 impl CudaTactic {
     /// Every tactic.
-    pub const ALL: [Self; 2] = [Self::Streamed, Self::Tiled];
+    pub const ALL: [Self; 3] = [Self::Streamed, Self::Narrow, Self::Wide];
 
     /// Its name.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Streamed => "streamed",
-            Self::Tiled => "tiled",
+            Self::Narrow => "narrow",
+            Self::Wide => "wide",
         }
     }
 
@@ -79,6 +92,15 @@ impl CudaTactic {
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|tactic| tactic.name() == name)
+    }
+
+    /// Most tokens of a tile, if there are tiles.
+    fn tile(self) -> Option<usize> {
+        match self {
+            Self::Streamed => None,
+            Self::Narrow => Some(NARROW_TILE),
+            Self::Wide => Some(WIDE_TILE),
+        }
     }
 }
 
@@ -220,8 +242,9 @@ struct Kernels {
     count_pairs: CudaFunction,
     sort_pairs: CudaFunction,
     gather_tokens: CudaFunction,
-    tiled_gate_up: CudaFunction,
-    tiled_down: CudaFunction,
+    /// Gate and up, then down.
+    narrow: [CudaFunction; 2],
+    wide: [CudaFunction; 2],
     sum_terms: CudaFunction,
     multiprocessors: usize,
     tactic: Option<CudaTactic>,
@@ -233,8 +256,14 @@ impl Kernels {
             count_pairs: gpu.kernel("count_pairs")?,
             sort_pairs: gpu.kernel("sort_pairs")?,
             gather_tokens: gpu.kernel("gather_tokens")?,
-            tiled_gate_up: gpu.large_kernel("tiled_gate_up", TILED_SHARED)?,
-            tiled_down: gpu.large_kernel("tiled_down", TILED_SHARED)?,
+            narrow: [
+                gpu.large_kernel("narrow_gate_up", NARROW_SHARED)?,
+                gpu.large_kernel("narrow_down", NARROW_SHARED)?,
+            ],
+            wide: [
+                gpu.large_kernel("wide_gate_up", WIDE_SHARED)?,
+                gpu.large_kernel("wide_down", WIDE_SHARED)?,
+            ],
             sum_terms: gpu.kernel("sum_terms")?,
             tactic,
             quantise_tokens: gpu.kernel("quantise_tokens")?,
@@ -245,8 +274,11 @@ impl Kernels {
 
     /// The tactic of a call with so many places.
     fn tactic(&self, shape: &LayerShape, places: usize) -> CudaTactic {
-        let many = places >= TILED_FROM * shape.experts as usize;
-        let by_tokens = if many { CudaTactic::Tiled } else { CudaTactic::Streamed };
+        let by_tokens = match places / shape.experts as usize {
+            0..NARROW_FROM => CudaTactic::Streamed,
+            NARROW_FROM..WIDE_FROM => CudaTactic::Narrow,
+            _ => CudaTactic::Wide,
+        };
         self.tactic.unwrap_or(by_tokens)
     }
 
@@ -263,25 +295,25 @@ impl Kernels {
             gpu.launch(&self.quantise_tokens, plain(blocks.div_ceil(THREADS), THREADS), params)?;
         }
         let blocks = self.multiprocessors;
-        match tactic {
+        let ([gate_up, down], per_multiprocessor, shared) = match tactic {
             CudaTactic::Streamed => {
                 let (threads, shared) = (FUSED_THREADS, FUSED_SHARED);
                 let grid = Grid { blocks, threads, shared, resident: true };
-                gpu.launch(&self.fused_moe, grid, params)
+                return gpu.launch(&self.fused_moe, grid, params);
             }
-            CudaTactic::Tiled => {
-                let (threads, shared) = (TILED_THREADS, TILED_SHARED);
-                let grid = Grid { blocks, threads, shared, resident: false };
-                let places = params.tokens as usize * params.top_k as usize;
-                let sorts = plain(places.div_ceil(SORTED_PLACES), SORT_THREADS);
-                gpu.launch(&self.count_pairs, sorts, params)?;
-                gpu.launch(&self.sort_pairs, sorts, params)?;
-                gpu.launch(&self.gather_tokens, plain(params.tokens as usize, THREADS), params)?;
-                gpu.launch(&self.tiled_gate_up, grid, params)?;
-                gpu.launch(&self.tiled_down, grid, params)?;
-                gpu.launch(&self.sum_terms, plain(blocks * 8, 256), params)
-            }
-        }
+            CudaTactic::Narrow => (&self.narrow, 2, NARROW_SHARED),
+            CudaTactic::Wide => (&self.wide, 1, WIDE_SHARED),
+        };
+        let (blocks, threads) = (blocks * per_multiprocessor, TILED_THREADS);
+        let grid = Grid { blocks, threads, shared, resident: false };
+        let places = params.tokens as usize * params.top_k as usize;
+        let sorts = plain(places.div_ceil(SORTED_PLACES), SORT_THREADS);
+        gpu.launch(&self.count_pairs, sorts, params)?;
+        gpu.launch(&self.sort_pairs, sorts, params)?;
+        gpu.launch(&self.gather_tokens, plain(params.tokens as usize, THREADS), params)?;
+        gpu.launch(gate_up, grid, params)?;
+        gpu.launch(down, grid, params)?;
+        gpu.launch(&self.sum_terms, plain(self.multiprocessors * 8, 256), params)
     }
 
     /// Jobs by which FC1 runs ahead of FC2: two rounds of the multiprocessors, so that whoever draws
@@ -313,8 +345,9 @@ struct Workspace {
     calls: u32,
 }
 
-/// Pairs for each expert of a layer from which a call is tiled.
-const TILED_FROM: usize = 32;
+/// Pairs for each expert of a layer from which tiles are narrow, and from which they are wide.
+const NARROW_FROM: usize = 16;
+const WIDE_FROM: usize = 96;
 
 /// Places that a block sorts, and its threads.
 const SORTED_PLACES: usize = 1_024;
@@ -366,9 +399,10 @@ impl Workspace {
     ) -> Result<Params, CudaError> {
         let LayerShape { hidden, intermediate, swiglu, experts, .. } = layer.shape;
         let places = tokens as usize * top_k as usize;
-        let tiled = tactic == CudaTactic::Tiled;
-        // Every tile but those that are full may be an expert's only one, and rounded up.
-        let tiles = places.min(experts as usize) + places / TILE_TOKENS;
+        let tiled = tactic.tile().is_some();
+        let tile = tactic.tile().unwrap_or(1);
+        // An expert may have one tile more than fill, and the last of each is rounded up.
+        let tiles = places.min(experts as usize) + places / tile;
         let pool_rows = places + tiles * (ROWS_STEP - 1);
         let counts = places.div_ceil(SORTED_PLACES) * experts as usize;
         let pool_bytes = |columns: u32| pool_rows * (columns as usize).div_ceil(STEP_COLUMNS) * ROW;
@@ -390,7 +424,7 @@ impl Workspace {
             out: gpu.grow(&mut self.out, rows)?,
             jobs: gpu.grow(&mut self.jobs, places)?,
             counters: match tactic {
-                CudaTactic::Tiled => gpu.grow(&mut self.counters, counts)?,
+                CudaTactic::Narrow | CudaTactic::Wide => gpu.grow(&mut self.counters, counts)?,
                 CudaTactic::Streamed if places <= SMALL_PLACES => {
                     control + (COUNTERS * size_of::<u32>()) as u64
                 }
@@ -416,7 +450,7 @@ impl Workspace {
             beta: swiglu.beta,
             lag: layer.lag,
             call: self.calls,
-            reserved: 0,
+            tile_tokens: tile as u32,
         })
     }
 }

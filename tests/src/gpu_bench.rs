@@ -21,7 +21,7 @@ pub(crate) struct Options {
     /// Tokens.
     #[arg(long, value_delimiter = ',', default_value = "1,8,64,256")]
     tokens: Vec<usize>,
-    /// One tactic, streamed or tiled, whatever the tokens.
+    /// One tactic, streamed, narrow or wide, whatever the tokens.
     #[arg(long, value_parser = tactic)]
     tactic: Option<CudaTactic>,
     /// Folder of routings, raw i32 `[T, k]` in MODEL_TT.i32; seeded uniform ones otherwise.

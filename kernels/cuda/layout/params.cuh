@@ -72,5 +72,5 @@ struct Params {
     float beta;
     u32 lag;                 // jobs by which FC1 runs ahead of FC2
     u32 call;                // a number that the call before did not have
-    u32 reserved;
+    u32 tile_tokens;         // most pairs of a tile of a tiled call
 };

@@ -16,9 +16,7 @@
 #define SUMS_32(at) SUMS_16(at), SUMS_16(at + 16)
 #define SUMS_64(at) SUMS_32(at), SUMS_32(at + 32)
 
-// Sums of a thread, of which a product of N columns takes the first N / 2.
-constexpr u32 SUMS_MAX = 128;
-
+// A product of N columns adds to the first N / 2 sums of a thread.
 template <u32 N>
 struct Product;
 
@@ -26,7 +24,8 @@ struct Product;
 #define PRODUCT(N, sums, a, b, ...)                                                             \
     template <>                                                                                 \
     struct Product<N> {                                                                         \
-        static __device__ inline void add(float (&d)[SUMS_MAX], const u32 (&x)[4], u64 tokens) {   \
+        template <u32 SUMS>                                                                     \
+        static __device__ inline void add(float (&d)[SUMS], const u32 (&x)[4], u64 tokens) {    \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" sums      \
                          "}, {" a "}, " b ", 1, 1, 1, 0;"                                       \
                          : __VA_ARGS__                                                          \
@@ -34,6 +33,8 @@ struct Product;
         }                                                                                       \
     };
 
+PRODUCT(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12", SUMS_8(0))
+PRODUCT(40, OPERANDS_0 ", %16, %17, %18, %19", "%20, %21, %22, %23", "%24", SUMS_16(0), SUMS_4(16))
 PRODUCT(32, OPERANDS_0, "%16, %17, %18, %19", "%20", SUMS_16(0))
 PRODUCT(48, OPERANDS_0 ", %16, %17, %18, %19, %20, %21, %22, %23", "%24, %25, %26, %27", "%28",
         SUMS_16(0), SUMS_8(16))

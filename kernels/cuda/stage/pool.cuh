@@ -1,4 +1,4 @@
-// The pool of tokens of a tiled call: pairs by expert, cut into tiles of up to TILE_TOKENS, each in the order in which
+// The pool of tokens of a tiled call: pairs by expert, cut into tiles of up to `tile_tokens`, each in the order in which
 // wgmma takes it. Both the tokens and the intermediate lie so:
 //
 //   tile   [steps of 64 columns][rows] row of 128 bytes; rows are the pairs, rounded up to 8
@@ -8,7 +8,6 @@
 //
 // Rows beyond the pairs hold whatever they held: products of rows do not meet.
 
-constexpr u32 TILE_TOKENS = 256;
 constexpr u32 ROW = 128;
 constexpr u32 ROWS_STEP = 8;
 
@@ -29,8 +28,8 @@ struct Spot {
 __device__ inline u32 rounded_up(u32 value, u32 to) { return (value + to - 1) / to * to; }
 
 // Tokens of each tile but the last of an expert that has `count`: tiles are alike.
-__device__ inline u32 tile_tokens(u32 count) {
-    const u32 tiles = (count + TILE_TOKENS - 1) / TILE_TOKENS;
+__device__ inline u32 tile_tokens(const Params& p, u32 count) {
+    const u32 tiles = (count + p.tile_tokens - 1) / p.tile_tokens;
     return tiles == 0 ? ROWS_STEP : rounded_up((count + tiles - 1) / tiles, ROWS_STEP);
 }
 
@@ -85,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS) sort_pairs(const Para
         u32 rows = 0, all = 0;
         for (u32 base = 0; base < p.experts; base += 32) {
             const u32 expert = base + lane, count = expert < p.experts ? counts[expert] : 0;
-            const u32 per = tile_tokens(count), here = (count + per - 1) / per;
+            const u32 per = tile_tokens(p, count), here = (count + per - 1) / per;
             const u32 own_rows = rounded_up(count, ROWS_STEP);
             const u32 rows_end = rows + inclusive_sum(own_rows, lane);
             const u32 tiles_end = all + inclusive_sum(here, lane);
@@ -111,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS) sort_pairs(const Para
         const u32 place = blockIdx.x * SORTED_PLACES + n;
         const int expert = place < p.tokens * p.top_k ? p.ids[place] : -1;
         if (expert < 0) continue;
-        const u32 at = atomicAdd(&next[expert], 1u), per = tile_tokens(counts[expert]);
+        const u32 at = atomicAdd(&next[expert], 1u), per = tile_tokens(p, counts[expert]);
         p.pairs[firsts[expert] + at] = {place / p.top_k, place, p.weights[place], 0};
         p.spots[place] = {tiles[expert] + at / per, at % per};
     }

@@ -65,7 +65,7 @@ pub(super) struct Params {
     pub(super) beta: f32,
     pub(super) lag: u32,
     pub(super) call: u32,
-    pub(super) reserved: u32,
+    pub(super) tile_tokens: u32,
 }
 
 // C++ lays these out without padding, in the same order.

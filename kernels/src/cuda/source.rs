@@ -1,8 +1,8 @@
 //! The device code, and what it is compiled with.
 
 use super::{
-    BLOCK_TILES, COUNTERS, CudaOptions, EXPERTS_MAX, FUSED_SHARED, FUSED_THREADS, SMALL_PLACES,
-    SORT_THREADS, SORTED_PLACES, TILE_TOKENS, TILED_SHARED, TILED_THREADS,
+    BLOCK_TILES, COUNTERS, CudaOptions, EXPERTS_MAX, FUSED_SHARED, FUSED_THREADS, NARROW_SHARED,
+    NARROW_TILE, SMALL_PLACES, SORT_THREADS, SORTED_PLACES, TILED_THREADS, WIDE_SHARED, WIDE_TILE,
 };
 
 /// The files in the order in which they are compiled, as one program without headers.
@@ -38,8 +38,10 @@ pub(super) fn options(options: &CudaOptions) -> Vec<String> {
         ("HOST_SMALL_PLACES", SMALL_PLACES),
         ("HOST_COUNTERS", COUNTERS),
         ("HOST_TILED_THREADS", TILED_THREADS as usize),
-        ("HOST_TILED_SHARED", TILED_SHARED as usize),
-        ("HOST_TILE_TOKENS", TILE_TOKENS),
+        ("HOST_WIDE_TILE", WIDE_TILE),
+        ("HOST_NARROW_TILE", NARROW_TILE),
+        ("HOST_WIDE_SHARED", WIDE_SHARED as usize),
+        ("HOST_NARROW_SHARED", NARROW_SHARED as usize),
         ("HOST_SORT_THREADS", SORT_THREADS),
         ("HOST_SORTED_PLACES", SORTED_PLACES),
     ];
