@@ -4,6 +4,7 @@
 mod ask;
 mod audit;
 mod balancedness;
+mod balancing;
 mod document;
 mod error;
 mod events;
@@ -77,6 +78,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::approve))
         .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
+        .routes(routes!(balancing::balancing, balancing::set))
         .routes(routes!(exchange::export))
         .routes(routes!(exchange::import))
         .routes(routes!(windows::windows, windows::close))

@@ -271,9 +271,14 @@ impl Fleet {
         worker.session.as_ref().is_some_and(|(own, _)| *own == session).then_some(worker)
     }
 
+    /// What one of a group's workers says of itself.
+    pub(crate) fn register_of(&self, group: &str) -> Option<&Register> {
+        self.groups.get(group)?.values().next().map(|worker| &worker.register)
+    }
+
     /// What a group serves.
     pub(crate) fn model_of(&self, group: &str) -> Option<&ModelInfo> {
-        self.groups.get(group)?.values().next().map(|worker| &worker.register.model)
+        self.register_of(group).map(|register| &register.model)
     }
 
     /// Every group, and the digest of its model.

@@ -9,8 +9,10 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod advise;
 mod api;
 mod balance;
+mod balancing;
 pub mod config;
 mod deciding;
 mod exchange;
@@ -18,6 +20,7 @@ mod fleet;
 pub mod limits;
 mod placing;
 mod policies;
+mod propose;
 mod proposing;
 mod serve;
 mod session;

@@ -123,3 +123,6 @@ pub const PROPOSAL_SECONDS_DEFAULT: u64 = 3_600;
 
 /// Longest time that may be asked for: a window of change that was planned a week ahead.
 pub const PROPOSAL_SECONDS_MAX: u64 = 7 * 86_400;
+
+/// Proposals among which control looks for one that says the same: those of an hour in which it asks each minute.
+pub const OPEN_PROPOSALS_LOOKED_AT: usize = 60;

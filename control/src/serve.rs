@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::access::{Role, new_secret, sha256};
+use crate::advise;
 use crate::api;
 use crate::config::Config;
 use crate::fleet::Fleet;
@@ -169,6 +170,7 @@ impl Server {
         let Self { state, listener, tls, stop, address } = self;
         let forgetting = tokio::spawn(forget(Arc::clone(&state)));
         let settling = tokio::spawn(tell_settled(Arc::clone(&state)));
+        let advising = tokio::spawn(advise::run(Arc::clone(&state)));
         let ended = async move {
             end.await;
             // Sessions and streams end by themselves then.
@@ -192,6 +194,7 @@ impl Server {
         }
         forgetting.abort();
         settling.abort();
+        advising.abort();
         state.store.close().await;
         fs::remove_file(&address).map_err(failed("remove", &address))?;
         tracing::info!("stopped");

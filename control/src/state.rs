@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, watch};
 
 use crate::access::rate::Rates;
+use crate::balancing::Last;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX, SESSIONS_MAX, SETTLED_MS, WATCHERS_MAX};
@@ -27,6 +28,8 @@ pub(crate) struct State {
     pub(crate) stop: watch::Receiver<bool>,
     fleet: Mutex<Fleet>,
     rates: Mutex<Rates>,
+    /// What came of questions that control asked by itself, by group.
+    advice: Mutex<BTreeMap<String, Last>>,
     /// Idempotency keys, by token, whose requests run.
     running: Mutex<BTreeSet<(u64, String)>>,
     /// Places of workers' sessions: all are free again when no session is left.
@@ -45,10 +48,22 @@ impl State {
         let policies = Arc::new(policies);
         let per_second = config.requests_per_second;
         let rates = Mutex::new(Rates::new(per_second, per_second.saturating_mul(BURST_SECONDS)));
-        let (fleet, running) = (Mutex::new(fleet), Mutex::default());
+        let (fleet, running, advice) = (Mutex::new(fleet), Mutex::default(), Mutex::default());
         let sessions = Arc::new(Semaphore::new(SESSIONS_MAX as usize));
         let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
-        Self { config, files, store, policies, stop, fleet, rates, running, sessions, watchers }
+        Self {
+            config,
+            files,
+            store,
+            policies,
+            stop,
+            fleet,
+            rates,
+            advice,
+            running,
+            sessions,
+            watchers,
+        }
     }
 
     /// Who is there. Never held over a wait.
@@ -59,6 +74,11 @@ impl State {
     /// How often callers have asked. Never held over a wait.
     pub(crate) fn rates(&self) -> MutexGuard<'_, Rates> {
         self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What came of questions that control asked by itself, by group. Never held over a wait.
+    pub(crate) fn advice(&self) -> MutexGuard<'_, BTreeMap<String, Last>> {
+        self.advice.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Idempotency keys whose requests run. Never held over a wait.

@@ -2,6 +2,7 @@
 
 pub(crate) mod answers;
 pub(crate) mod audit;
+mod balancing;
 pub(crate) mod events;
 pub(crate) mod placements;
 pub(crate) mod proposals;
@@ -76,6 +77,15 @@ pub enum StoreError {
     Proposal {
         /// Its name.
         id: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The same.
+    #[error("how the group {group} is balanced cannot be read")]
+    Balancing {
+        /// The group.
+        group: String,
         /// Why.
         #[source]
         source: serde_json::Error,

@@ -73,8 +73,8 @@ fn decide(control: &Control, id: &str, verb: &str) -> (u16, Value) {
     control.post(&format!("/api/v1/proposals/{id}/{verb}"), &json!({})).unwrap()
 }
 
-fn propose(control: &Control, body: &Value) -> (u16, Value) {
-    control.post(PROPOSALS, body).unwrap()
+fn propose(control: &Control, ask: &Value) -> (u16, Value) {
+    control.post(PROPOSALS, &json!({ "ask": ask })).unwrap()
 }
 
 #[test]
@@ -201,6 +201,11 @@ fn the_command_shows_changes_and_moves() {
     let small = small.split_once(' ').unwrap().0;
     assert_says(&run(&["approve", small, "--reason", "quiet hour"]), &["approved by admin"]);
     assert_says(&run(&["placement", "--layer", "1"]), &["proposal", "default"]);
+    assert_says(&run(&["balancing"]), &["manual", "greedy_swap", "60"]);
+    let auto = ["balancing", "--mode", "auto", "--approve-moved", "7", "--approve-bytes", "9"];
+    let auto = [&auto[..], &["--every-s", "3600", "--reason", "nights"]].concat();
+    assert_says(&run(&auto), &["auto", "greedy_swap", "3600", "7", "9"]);
+    assert_says(&run(&["balancing"]), &["auto", "3600"]);
 }
 
 #[test]
@@ -336,4 +341,115 @@ fn workers_that_hold_placements_of_their_own_are_not_told_others() {
     assert_eq!(status, 409, "{problem}");
     let expected = "its workers hold placements of their own";
     assert_says(problem["title"].as_str().unwrap(), &[expected]);
+}
+
+const BALANCING: &str = "/api/v1/groups/g/balancing";
+
+#[track_caller]
+fn balance(control: &Control, balancing: &Value) -> (u16, Value) {
+    let body = json!({ "balancing": balancing, "reason": "a test" });
+    let (status, text) =
+        control.send("PUT", BALANCING, Some(control.token()), Some(&body.to_string())).unwrap();
+    (status, serde_json::from_str(&text).unwrap())
+}
+
+/// What control's own question has led to.
+fn advised(control: &Control) -> Value {
+    let mut last = Value::Null;
+    until("advice", || {
+        last = control.get(BALANCING)?.1["last"].clone();
+        Ok((!last["asked_ms"].is_null()).then_some(()))
+    })
+    .unwrap();
+    last
+}
+
+fn standings(control: &Control) -> Vec<Value> {
+    let (_, list) = control.get(PROPOSALS).unwrap();
+    list["items"].as_array().unwrap().iter().map(|item| item["standing"].clone()).collect()
+}
+
+/// A later window with the same load.
+fn tell_again(control: &Control, worker: &mut FakeWorker, end_ms: u64) {
+    let rows = vec![3000, 3000, 3000, 3000, 1000, 1000, 1000, 1000];
+    let layers = vec![layer_window(1, Phase::Decode, rows)];
+    let (number, start_ms, closed_by) = (1, 0, Some(end_ms));
+    worker.tell(Window { number, start_ms, end_ms, closed_by, layers }).unwrap();
+    until("another window", || {
+        let (_, windows) = control.get("/api/v1/groups/g/windows?newest_first=true")?;
+        Ok((windows["items"][0]["end_ms"] == end_ms).then_some(()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn advice_comes_with_new_load_and_says_nothing_twice() {
+    if !has_policies() {
+        return;
+    }
+    let control = Control::start_patient().unwrap();
+    let mut workers = group(&control);
+    let (_, manual) = control.get(BALANCING).unwrap();
+    assert_eq!((&manual["mode"], &manual["last"]["asked_ms"]), (&json!("manual"), &Value::Null));
+    let advise = json!({ "mode": "advise", "every_s": 1 });
+    assert_eq!(balance(&control, &advise).0, 200);
+    let last = advised(&control);
+    assert_eq!((&last["problem"], &last["window_end_ms"]), (&Value::Null, &json!(60_000)));
+    let id = last["proposal"].as_str().unwrap().to_owned();
+    assert_eq!(standings(&control), ["open"]);
+    // The same load again: it is asked, and the answer is known.
+    tell_again(&control, &mut workers[0], 61_000);
+    until("another question", || {
+        let (_, balancing) = control.get(BALANCING)?;
+        Ok((balancing["last"]["window_end_ms"] == 61_000).then_some(()))
+    })
+    .unwrap();
+    assert_eq!(advised(&control)["proposal"], json!(id));
+    assert_eq!(standings(&control), ["open"]);
+    // Once it is approved, ranks that still hold what was before are not advised.
+    assert_eq!(decide(&control, &id, "approve").0, 200);
+    tell_again(&control, &mut workers[0], 62_000);
+    until("a problem", || {
+        let (_, balancing) = control.get(BALANCING)?;
+        Ok(balancing["last"]["problem"].as_str().is_some().then_some(()))
+    })
+    .unwrap();
+    let expected = "layer 1 has epoch 2 now, it was proposed for epoch 1";
+    assert_says(advised(&control)["problem"].as_str().unwrap(), &[expected]);
+    assert_eq!(standings(&control), ["approved"]);
+}
+
+#[test]
+fn mode_auto_approves_within_limits() {
+    if !has_policies() {
+        return;
+    }
+    let control = Control::start_patient().unwrap();
+    let _workers = group(&control);
+    let auto = |moved: u64| json!({ "mode": "auto", "every_s": 1, "approve": { "moved": moved, "bytes": 1_000_000 } });
+    // Four experts would move.
+    assert_eq!(balance(&control, &auto(3)).0, 200);
+    let id = advised(&control)["proposal"].clone();
+    assert_eq!(standings(&control), ["open"]);
+    assert_eq!(balance(&control, &auto(4)).0, 200);
+    assert_eq!(advised(&control)["proposal"], id);
+    assert_eq!(standings(&control), ["approved"]);
+    let (_, proposal) =
+        control.get(&format!("/api/v1/proposals/{}", id.as_str().unwrap())).unwrap();
+    let decision = &proposal["decision"];
+    assert_eq!(decision["actor"], "moeplane-control");
+    assert_says(decision["reason"].as_str().unwrap(), &["mode auto: at most 4 experts"]);
+
+    for (balancing, status, expected) in [
+        (json!({ "mode": "auto" }), 400, "approve is null, expected the most experts and bytes"),
+        (json!({ "every_s": 0 }), 400, "every_s is 0, expected 1 to 86400"),
+        (json!({ "mode": "often" }), 422, "unknown variant `often`"),
+        (json!({ "ask": { "valid_for_s": 0 } }), 400, "valid_for_s is 0"),
+    ] {
+        let (found, problem) = balance(&control, &balancing);
+        assert_eq!(found, status, "{problem}");
+        assert_says(problem["title"].as_str().unwrap(), &[expected]);
+    }
+    let (_, kept) = control.get(BALANCING).unwrap();
+    assert_eq!((&kept["mode"], &kept["approve"]["moved"]), (&json!("auto"), &json!(4)));
 }

@@ -99,7 +99,16 @@ impl Client {
 
     /// What a POST of JSON answers.
     pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value, Failed> {
-        let request = self.request("POST", path).header("content-type", "application/json");
+        self.send("POST", path, body)
+    }
+
+    /// What a PUT of JSON answers.
+    pub(crate) fn put(&self, path: &str, body: &Value) -> Result<Value, Failed> {
+        self.send("PUT", path, body)
+    }
+
+    fn send(&self, method: &str, path: &str, body: &Value) -> Result<Value, Failed> {
+        let request = self.request(method, path).header("content-type", "application/json");
         self.parsed(&self.answer(request.body(body.to_string()))?)
     }
 

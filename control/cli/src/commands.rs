@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, Failed, path};
 use crate::table::{self, Column};
-use crate::{Command, Decide, Format, Group, Propose, Token};
+use crate::{Balancing, Command, Decide, Format, Group, Propose, Token};
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
 struct Shown<'a, W> {
@@ -64,6 +64,7 @@ pub(crate) fn run(
             let proposal = shown.client.get(&path(&["proposals", &id]))?;
             shown.proposal(&proposal)
         }
+        Command::Balancing(balancing) => shown.balancing(balancing),
         Command::Approve(decide) => shown.decide(decide, "approve"),
         Command::Reject(decide) => shown.decide(decide, "reject"),
         Command::Import { file, group, format, dry_run, reason } => {
@@ -155,6 +156,16 @@ const PROPOSALS: &[Column] = &[
     ("ID", "/id"),
     ("EXPLANATION", "/explanation"),
 ];
+const BALANCING: &[Column] = &[
+    ("MODE", "/mode"),
+    ("POLICY", "/ask/policy"),
+    ("EVERY S", "/every_s"),
+    ("APPROVES EXPERTS", "/approve/moved"),
+    ("BYTES", "/approve/bytes"),
+    ("ASKED", "/last/asked_ms"),
+    ("PROPOSAL", "/last/proposal"),
+    ("PROBLEM", "/last/problem"),
+];
 const TRADEOFFS: &[Column] = &[
     ("MOVES A LAYER", "/moves_per_layer"),
     ("LAYERS", "/layers"),
@@ -210,6 +221,12 @@ const STATUS: &[Column] = &[
     ("OF LAYER", "/worst/layer"),
     ("PROBLEM", "/problem"),
 ];
+
+/// Settings of a policy.
+fn object(text: String) -> Result<Value, Failed> {
+    let (what, expected) = ("--settings", "a JSON object");
+    serde_json::from_str(&text).map_err(|_no_json| Failed::Value { what, value: text, expected })
+}
 
 impl<W: Write> Shown<'_, W> {
     /// The group that is meant.
@@ -310,18 +327,53 @@ impl<W: Write> Shown<'_, W> {
     fn propose(&mut self, propose: Propose) -> Result<(), Failed> {
         let Propose { group, policy, settings, layers, moves_per_layer, bytes, .. } = propose;
         let Propose { minimum_gain, valid_for_s, reason, .. } = propose;
-        let (what, expected) = ("--settings", "a JSON object");
-        let settings: Value = serde_json::from_str(&settings)
-            .map_err(|_no_json| Failed::Value { what, value: settings, expected })?;
+        let settings = object(settings)?;
         let group = self.group(group)?;
         let budget =
             json!({ "layers": layers, "moves_per_layer": moves_per_layer, "bytes": bytes });
-        let body = json!({
+        let ask = json!({
             "policy": policy, "settings": settings, "budget": budget,
-            "minimum_gain": minimum_gain, "valid_for_s": valid_for_s, "reason": reason,
+            "minimum_gain": minimum_gain, "valid_for_s": valid_for_s,
         });
+        let body = json!({ "ask": ask, "reason": reason });
         let made = self.client.post(&path(&["groups", &group, "proposals"]), &body)?;
         self.proposal(&made)
+    }
+
+    fn balancing(&mut self, given: Balancing) -> Result<(), Failed> {
+        let Balancing { mode, policy, settings, moves_per_layer, minimum_gain, .. } = &given;
+        let group = self.group(Group { group: given.group.group.clone() })?;
+        let path = path(&["groups", &group, "balancing"]);
+        let mut balancing = self.client.get(&path)?;
+        if let Some(reason) = &given.reason {
+            let settings = settings.clone().map(object).transpose()?;
+            for (pointer, value) in [
+                ("/mode", mode.as_ref().map(|mode| json!(mode))),
+                ("/ask/policy", policy.as_ref().map(|policy| json!(policy))),
+                ("/ask/settings", settings),
+                ("/ask/budget/moves_per_layer", moves_per_layer.map(|most| json!(most))),
+                ("/ask/minimum_gain", minimum_gain.map(|gain| json!(gain))),
+                ("/every_s", given.every_s.map(|every_s| json!(every_s))),
+            ] {
+                if let (Some(place), Some(value)) = (balancing.pointer_mut(pointer), value) {
+                    *place = value;
+                }
+            }
+            for (name, most) in [("moved", given.approve_moved), ("bytes", given.approve_bytes)] {
+                if let Some(most) = most {
+                    balancing["approve"][name] = json!(most);
+                }
+            }
+            if let Some(members) = balancing.as_object_mut() {
+                members.remove("last");
+            }
+            let body = json!({ "balancing": balancing, "reason": reason });
+            balancing = self.client.put(&path, &body)?;
+        }
+        if self.json {
+            return Ok(writeln!(self.out, "{balancing:#}")?);
+        }
+        self.list(&Value::Array(vec![balancing]), BALANCING, "nothing")
     }
 
     fn decide(&mut self, Decide { id, reason }: Decide, verb: &str) -> Result<(), Failed> {

@@ -112,6 +112,8 @@ enum Command {
         /// The proposal.
         id: String,
     },
+    /// How a group is balanced: shows it, or with --reason changes what is given.
+    Balancing(Balancing),
     /// Approves a proposal: ranks hold its placements when all of the group start again.
     Approve(Decide),
     /// Rejects a proposal.
@@ -187,6 +189,39 @@ struct Propose {
     /// Kept in the audit log.
     #[arg(long)]
     reason: String,
+}
+
+#[derive(Args)]
+struct Balancing {
+    #[command(flatten)]
+    group: Group,
+    /// manual: operators ask and decide; advise: control asks when there is new load; auto: it also approves.
+    #[arg(long, requires = "reason")]
+    mode: Option<String>,
+    /// The policy that control asks, by its name.
+    #[arg(long, requires = "reason")]
+    policy: Option<String>,
+    /// Its settings, a JSON object.
+    #[arg(long, requires = "reason")]
+    settings: Option<String>,
+    /// Most experts that may come to ranks in one layer.
+    #[arg(long, requires = "reason")]
+    moves_per_layer: Option<u32>,
+    /// What a layer has to gain in rows of the busiest rank beside the mean to be changed.
+    #[arg(long, requires = "reason")]
+    minimum_gain: Option<f32>,
+    /// Seconds between two questions at least.
+    #[arg(long, requires = "reason")]
+    every_s: Option<u64>,
+    /// Most experts of a proposal that is approved in mode auto.
+    #[arg(long, requires = "reason")]
+    approve_moved: Option<u64>,
+    /// Most bytes of one.
+    #[arg(long, requires = "reason")]
+    approve_bytes: Option<u64>,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: Option<String>,
 }
 
 #[derive(Args)]

@@ -66,9 +66,8 @@ impl Part {
 
 /// What one of a group's workers says of itself.
 pub(super) fn register_of<'a>(fleet: &'a Fleet, group: &str) -> Result<&'a Register, ApiError> {
-    let worker = fleet.groups.get(group).and_then(|ranks| ranks.values().next());
     let none = || ApiError::NotFound { what: "group", name: group.to_owned() };
-    worker.map(|worker| &worker.register).ok_or_else(none)
+    fleet.register_of(group).ok_or_else(none)
 }
 
 pub(super) fn checked_limit(limit: Option<usize>) -> Result<usize, ApiError> {

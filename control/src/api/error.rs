@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use crate::exchange::ExchangeError;
 use crate::policies::AskError;
+use crate::propose::{OutOfRange, ProposeError};
 use crate::store::StoreError;
 use crate::store::tokens::EndError;
 
@@ -85,6 +86,20 @@ impl ApiError {
         Self::Value { name: "cursor", value: value.to_owned(), expected }
     }
 
+    /// Why nothing was proposed for a group.
+    pub(crate) fn propose(group: &str, error: ProposeError) -> Self {
+        let name = group.to_owned();
+        match error {
+            ProposeError::NoGroup { .. } => Self::NotFound { what: "group", name },
+            ProposeError::Unaskable(error) => {
+                Self::Conflict { what: "group", name, reason: error.to_string() }
+            }
+            ProposeError::Ask(error) => Self::Policy(error),
+            ProposeError::Store(error) => Self::Store(error),
+            ProposeError::Json(error) => Self::Json(error),
+        }
+    }
+
     fn kind(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
@@ -112,6 +127,12 @@ impl ApiError {
             Self::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "database"),
             Self::Json(_) | Self::Text(_) => (StatusCode::INTERNAL_SERVER_ERROR, "answer"),
         }
+    }
+}
+
+impl From<OutOfRange> for ApiError {
+    fn from(OutOfRange { name, value, expected }: OutOfRange) -> Self {
+        Self::Value { name, value, expected }
     }
 }
 
