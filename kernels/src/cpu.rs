@@ -8,27 +8,27 @@ mod dispatch;
 mod layout;
 mod product;
 mod simd;
+mod slots;
 mod tactic;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use memmap2::{Advice, MmapMut, MmapOptions};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+pub use self::slots::{StageError, Staged, Stager};
 pub use self::tactic::{CpuTactic, Isa, UnknownIsa, UnknownTactic, Why};
 
 use self::compute::Scratch;
 use self::dispatch::{Garbled, Incoming, Outgoing};
+use self::slots::{Held, Layer, Slot};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::device::{CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError, check_call};
-use crate::expert::RawScalars;
-use crate::group::{Announcement, Group, NO_LAYER, Role, compare};
+use crate::group::{Announcement, Group, NO_LAYER, Role, behind, compare, flips};
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
 use crate::problem::{Form, LayerShape};
-use crate::route::RouteTable;
 
 /// Bytes of a slot of a layer of `shape`.
 #[must_use]
@@ -53,23 +53,6 @@ impl CpuOptions {
     pub fn chosen_isa(&self) -> Isa {
         self.tactic.map(|tactic| tactic.isa).or(self.isa).unwrap_or_else(Isa::best)
     }
-}
-
-/// This rank's slots of one layer, packed at 4.5 bits an element.
-#[derive(Debug)]
-struct Layer {
-    number: u32,
-    shape: LayerShape,
-    /// Largest `gate_proj.input_scale` of the layer's experts.
-    in13: Option<f32>,
-    /// Whether every expert of the layer has the scales that `act=nvfp4` needs.
-    scaled: bool,
-    epoch: u64,
-    route: RouteTable,
-    /// Derived bytes of every slot.
-    bytes: MmapMut,
-    /// The scalars of each slot's expert; none where the slot is empty.
-    experts: Vec<Option<RawScalars>>,
 }
 
 fn describe(pool: &ThreadPool, tactic: Option<CpuTactic>, isa: Isa) -> String {
@@ -154,21 +137,16 @@ impl CpuSlots {
             let named = |why| DeviceError::Tactic { tactic: tactic.to_string(), why };
             tactic.legal(&shape).map_err(named)?;
         }
-        let expert_bytes = layout::expert_bytes(&shape);
         let LayerSlots { epoch, experts, route } = slots;
-        let mut bytes = slot_memory(expert_bytes * experts.len())?;
-        let memory = bytes.par_chunks_exact_mut(expert_bytes).zip(&experts);
-        let derive = |(slot, expert): (&mut [u8], &Option<u32>)| {
-            let Some(expert) = *expert else { return Ok(None) };
-            let raw = checkpoint.expert(position, expert)?;
-            layout::derive(&raw, slot);
-            Ok::<_, CheckpointError>(Some(raw.scalars()))
+        let derive = |expert: &Option<u32>| {
+            let derived = expert.map(|expert| Slot::derive(checkpoint, position, expert));
+            Ok::<_, LoadError>(derived.transpose()?.map(Arc::new))
         };
-        let experts = self.pool.install(|| memory.map(derive).collect::<Result<Vec<_>, _>>())?;
+        let slots =
+            self.pool.install(|| experts.par_iter().map(derive).collect::<Result<Vec<_>, _>>())?;
         checkpoint.release(position)?;
-        let (number, in13, scaled) = (layer.number, layer.in13, layer.scaled);
-        let at = self.layers.partition_point(|known| known.number < number);
-        let layer = Layer { number, shape, in13, scaled, epoch, route, bytes, experts };
+        let layer = Layer::new(checkpoint, position, Held { epoch, route, slots });
+        let at = self.layers.partition_point(|known| known.number < layer.number);
         self.layers.insert(at, layer);
         Ok(())
     }
@@ -241,13 +219,34 @@ impl CpuDevice {
                 outgoing.route(layer, self.group.rank(), call.top_k);
                 self.send(call, layer, outgoing, scratch);
                 let LayerCall { tokens, top_k, form, .. } = *call;
-                let (layer, epoch, pairs) = (layer.number, layer.epoch, outgoing.counts());
-                Announcement { role: Role::Calls, layer, form, epoch, tokens, top_k, pairs }
+                let ready = layer.ready();
+                let (layer, epoch, pairs) = (layer.number, layer.held.epoch, outgoing.counts());
+                Announcement { role: Role::Calls, layer, form, epoch, ready, tokens, top_k, pairs }
             }
             Part::Joins { asked } => self.joins(asked, outgoing.counts()),
         };
         let announced = self.group.announce(&ours)?;
-        let (number, form, epoch) = match compare(&announced) {
+        let flips = flips(&announced, &ours);
+        let result = self.go_through(part, &announced, (outgoing, incoming, scratch));
+        // All ranks saw the same announcements: they flip after the same call, whatever became of it.
+        if flips && let Some(position) = self.position(ours.layer) {
+            self.layers[position].flip();
+        }
+        result
+    }
+
+    /// The call that was announced.
+    fn go_through(
+        &mut self,
+        part: &Part<'_>,
+        announced: &[Announcement],
+        (outgoing, incoming, scratch): (&mut Outgoing, &mut Incoming, &mut Scratch),
+    ) -> Result<(), CallError> {
+        if let Some(late) = behind(announced) {
+            self.group.end_call();
+            return Err(self.group.flipped(late, announced[late as usize].layer).into());
+        }
+        let (number, form, epoch) = match compare(announced) {
             Ok(Some(called)) => (called.layer, called.form, called.epoch),
             // Every engine's call was refused.
             Ok(None) => {
@@ -259,15 +258,14 @@ impl CpuDevice {
                 return Err(mismatch.into());
             }
         };
-        let here = self.position(number).filter(|&at| self.layers[at].epoch == epoch);
+        let here = self.position(number).filter(|&at| self.layers[at].held.epoch == epoch);
         let Some(position) = here else {
             // This rank could not say so before: it did not know the layer.
             let rank = self.group.rank();
             return Err(self.group.give_up_garbled(rank, number).into());
         };
         let layer = &self.layers[position];
-        if let Err(Garbled { source }) = self.receive((layer, form), &announced, incoming, scratch)
-        {
+        if let Err(Garbled { source }) = self.receive((layer, form), announced, incoming, scratch) {
             return Err(self.group.give_up_garbled(source, number).into());
         }
         self.compute(layer, form, incoming, scratch);
@@ -286,12 +284,13 @@ impl CpuDevice {
         let (tokens, top_k) = (0, 1);
         match known {
             Some((form, layer)) => {
-                let (layer, epoch) = (layer.number, layer.epoch);
-                Announcement { role: Role::Joins, layer, form, epoch, tokens, top_k, pairs }
+                let (layer, epoch, ready) = (layer.number, layer.held.epoch, layer.ready());
+                Announcement { role: Role::Joins, layer, form, epoch, ready, tokens, top_k, pairs }
             }
             None => {
-                let (layer, form, epoch) = (asked.unwrap_or(NO_LAYER), Form::default(), 0);
-                Announcement { role: Role::Refused, layer, form, epoch, tokens, top_k, pairs }
+                let (layer, form) = (asked.unwrap_or(NO_LAYER), Form::default());
+                let (role, epoch, ready) = (Role::Refused, 0, 0);
+                Announcement { role, layer, form, epoch, ready, tokens, top_k, pairs }
             }
         }
     }
@@ -344,17 +343,6 @@ impl Device for CpuDevice {
     fn group(&mut self) -> &mut Group {
         &mut self.group
     }
-}
-
-/// Memory for a layer's slots: zero pages, resident once they are written.
-fn slot_memory(bytes: usize) -> Result<MmapMut, DeviceError> {
-    let refused =
-        |source| DeviceError::Memory { what: "slots of a layer", bytes: bytes as u64, source };
-    let memory = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(refused)?;
-    // Weights are streamed: huge pages save most TLB misses. A kernel without them refuses the
-    // advice, which costs speed alone.
-    drop(memory.advise(Advice::HugePage));
-    Ok(memory)
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@
 //! - **Generation** is one word. Whoever gives up (a dead peer, a deadline) writes the reason and
 //!   moves g to g + 1 by compare-and-swap; losers take the winner's reason. A rank that starts
 //!   advances it, too. Survivors answer their engines, then wait for announcements of the new one.
+//! - **Flip**: a rank that has staged another placement of a layer announces the epoch that it is ready for. After the first
+//!   call in which all are ready, all have it in force: everybody saw the same announcements.
 //! - Words hold tags: nothing is reset, and nothing late is taken for something new.
 //!
 //! Late writers are harmless: a rank still at work on a call of generation g reads rows that may
@@ -25,6 +27,9 @@ use std::time::{Duration, Instant};
 use crate::heap::{HeapLayout, SymmetricHeap};
 use crate::memory::{bytes_of, bytes_of_mut};
 use crate::problem::{ActFormat, Form, WeightsIn};
+
+/// Version of what ranks write into the heap: those of another do not join.
+pub const VERSION: u32 = 2;
 
 /// Looks before sleeping: some microseconds. A rank that spins longer starves the one it waits for
 /// where they share cores.
@@ -53,6 +58,8 @@ pub enum Reason {
     Joined,
     /// The rank sent what no rank of this version sends.
     Garbled,
+    /// The rank had not taken up a placement that others had: it has now.
+    Behind,
 }
 
 /// A call that the group gave up. Other ranks may have its answer already: engines repeat the step
@@ -74,11 +81,18 @@ pub struct GroupError {
 impl fmt::Display for GroupError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { generation, rank, phase, layer, reason } = self;
+        if *reason == Reason::Behind {
+            return write!(
+                f,
+                "rank {rank} was a placement behind at layer {layer}, and is not any more: repeat the step"
+            );
+        }
         match reason {
             Reason::Lost => write!(f, "rank {rank} was lost")?,
             Reason::Deadline => write!(f, "rank {rank} made no progress before the deadline")?,
             Reason::Joined => write!(f, "rank {rank} started")?,
             Reason::Garbled => write!(f, "rank {rank} sent a list that cannot be")?,
+            Reason::Behind => {}
         }
         match phase {
             Phase::Announce => write!(f, " while its announcement")?,
@@ -129,6 +143,8 @@ pub(crate) struct Announcement {
     pub(crate) form: Form,
     /// Number of the committed placement of the layer.
     pub(crate) epoch: u64,
+    /// The epoch that this rank has staged and is ready for; 0 if none.
+    pub(crate) ready: u64,
     pub(crate) tokens: u32,
     pub(crate) top_k: u32,
     /// Pairs for each rank.
@@ -136,14 +152,14 @@ pub(crate) struct Announcement {
 }
 
 impl Announcement {
-    fn words(&self) -> [u64; 3] {
+    fn words(&self) -> [u64; 4] {
         let act = u64::from(self.form.act == ActFormat::Nvfp4);
         let place = u64::from(self.form.weights_in == WeightsIn::Combine);
         let flags = act | place << 1 | (self.role as u64) << 2 | u64::from(self.top_k) << 8;
-        [u64::from(self.layer) | u64::from(self.tokens) << 32, flags, self.epoch]
+        [u64::from(self.layer) | u64::from(self.tokens) << 32, flags, self.epoch, self.ready]
     }
 
-    fn from_words([call, flags, epoch]: [u64; 3], pairs: Vec<u32>) -> Self {
+    fn from_words([call, flags, epoch, ready]: [u64; 4], pairs: Vec<u32>) -> Self {
         let act = if flags & 1 == 0 { ActFormat::Bf16 } else { ActFormat::Nvfp4 };
         let weights_in = if flags & 2 == 0 { WeightsIn::Fc1 } else { WeightsIn::Combine };
         let role = match flags >> 2 & 3 {
@@ -156,6 +172,7 @@ impl Announcement {
             layer: call as u32,
             form: Form { act, weights_in },
             epoch,
+            ready,
             tokens: (call >> 32) as u32,
             top_k: (flags >> 8) as u32,
             pairs,
@@ -184,6 +201,23 @@ pub(crate) fn compare(announcements: &[Announcement]) -> Result<Option<&Announce
             Err(Mismatch { first, ours: ours.call(), second, theirs: theirs.call() })
         }
     }
+}
+
+/// Whether the rank that announced `ours` flips after this call: all are ready for the epoch that it is ready for. All ranks
+/// see the same, so all flip after the same call, also those that brought no tokens. It flips as well if another has that
+/// epoch in force already: that one saw all ready in a call whose announcements this one did not see whole.
+pub(crate) fn flips(announcements: &[Announcement], ours: &Announcement) -> bool {
+    let ready = |a: &Announcement| (a.layer, a.ready) == (ours.layer, ours.ready);
+    ours.ready != 0 && (announcements.iter().all(ready) || behind(announcements).is_some())
+}
+
+/// A rank that is ready for an epoch of the layer that another has in force: what the two sent fits two placements.
+pub(crate) fn behind(announcements: &[Announcement]) -> Option<u32> {
+    let ahead = |late: &Announcement| {
+        let mut others = announcements.iter();
+        others.any(|other| (other.layer, other.epoch) == (late.layer, late.ready))
+    };
+    (0..).zip(announcements).find(|(_, a)| a.ready != 0 && ahead(a)).map(|(rank, _)| rank)
 }
 
 /// A rank's part in its group.
@@ -310,7 +344,7 @@ impl Group {
 
     fn read_announcement(&self, rank: u32) -> Announcement {
         let block = self.layout().block(self.number);
-        let (mut words, mut pairs) = ([0; 3], vec![0; self.ranks() as usize]);
+        let (mut words, mut pairs) = ([0; 4], vec![0; self.ranks() as usize]);
         self.heap.read(rank, block + 8, bytes_of_mut(&mut words));
         self.heap.read(rank, block + 64, bytes_of_mut(&mut pairs));
         Announcement::from_words(words, pairs)
@@ -371,6 +405,12 @@ impl Group {
         self.given_up()
     }
 
+    /// The call came to nothing because `rank` was behind. All ranks see that in the announcements: no generation ends.
+    pub(crate) fn flipped(&self, rank: u32, layer: u32) -> GroupError {
+        let (generation, phase) = (self.generation, Phase::Announce);
+        GroupError { generation, rank, phase, layer, reason: Reason::Behind }
+    }
+
     /// Sum of what all ranks have done, to see whether any does something.
     fn progress(&self) -> u64 {
         let words = (0..self.ranks()).map(|rank| self.heap.load(rank, self.layout().progress()));
@@ -425,7 +465,7 @@ mod tests {
     fn announcement(layer: u32, ranks: u32) -> Announcement {
         let (form, pairs) = (Form::ALL[3], vec![3; ranks as usize]);
         let (tokens, top_k) = (7, 16);
-        Announcement { role: Role::Calls, layer, form, epoch: 9, tokens, top_k, pairs }
+        Announcement { role: Role::Calls, layer, form, epoch: 9, ready: 11, tokens, top_k, pairs }
     }
 
     /// The ranks of a group, in one process.

@@ -245,6 +245,7 @@ impl Known<'_> {
         let device = |tactic: Option<String>| tactic.unwrap_or_else(|| "by tokens".to_owned());
         [
             ("protocol version", VERSION.to_string()),
+            ("group version", kernels::group::VERSION.to_string()),
             ("ranks", group.ranks.to_string()),
             ("max_tokens", self.config.engine.max_tokens.to_string()),
             ("model digest", self.digest.clone()),

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::activate::Activation;
 use super::dispatch::{Incoming, Pair, RowScratch};
-use super::layout::{self, LANES, Matrix, RowBlock, matrices};
+use super::layout::{LANES, Matrix, RowBlock, matrices};
 use super::product::{BLOCKS_MAX, Strip, Vector, panel_vectors, strip_blocks, tiles};
 use super::tactic::CpuTactic;
 use super::{CpuDevice, Layer, simd};
@@ -202,9 +202,9 @@ impl CpuDevice {
 impl Passes<'_> {
     fn unit<'a>(&'a self, slot: usize, pairs: &'a [Pair]) -> Unit<'a> {
         let Self { device, form, layer, .. } = self;
-        let length = layout::expert_bytes(&layer.shape);
-        let [fc1, fc2] = matrices(&layer.bytes[slot * length..][..length], &layer.shape);
-        let scalars = layer.experts[slot].and_then(|raw| raw.products(form.act, layer.in13));
+        let slot = layer.held.slots[slot].as_ref().expect("pairs of empty slots are refused");
+        let [fc1, fc2] = matrices(&slot.bytes, &layer.shape);
+        let scalars = slot.scalars.products(form.act, layer.in13);
         let scalars = scalars.expect("a call is refused where a layer lacks scales");
         let heuristic = || CpuTactic::heuristic(device.isa, pairs.len());
         Unit {

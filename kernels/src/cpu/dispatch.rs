@@ -50,12 +50,12 @@ impl Outgoing {
 
     /// Picks the replica of every pair; each goes to exactly one.
     pub(super) fn route(&mut self, layer: &Layer, source: u32, top_k: u32) {
-        let slots_per_rank = layer.experts.len() as u32;
+        let slots_per_rank = layer.held.slots.len() as u32;
         let Assignments { ids, weights, .. } = &self.assignments;
         for (index, (&id, weight)) in (0..).zip(ids.iter().zip(weights)) {
             let Ok(expert) = u32::try_from(id) else { continue };
             let (token, place) = (index / top_k, index % top_k);
-            let slot = layer.route.slot(source, token, expert);
+            let slot = layer.held.route.slot(source, token, expert);
             let (rank, slot) = (slot / slots_per_rank, slot % slots_per_rank);
             self.lists[rank as usize].push([token, slot | place << 16, weight.to_bits(), 0]);
         }
@@ -105,7 +105,7 @@ impl Incoming {
     ) -> Option<()> {
         let [token, places, weight, _] = entry;
         let (slot, place) = (places & 0xffff, places >> 16);
-        layer.experts.get(slot as usize)?.as_ref()?;
+        layer.held.slots.get(slot as usize)?.as_ref()?;
         if token >= announced.tokens || place >= announced.top_k {
             return None;
         }
@@ -193,7 +193,7 @@ impl CpuDevice {
             incoming.list = list;
             taken.ok_or(Garbled { source })?;
         }
-        incoming.sort(layer.experts.len());
+        incoming.sort(layer.held.slots.len());
         let (hidden, act) = (layer.shape.hidden, form.act);
         let row = row_bytes(hidden, act);
         let parallel = s.is_parallel(incoming.pairs(), &layer.shape);

@@ -1,6 +1,8 @@
 //! The CPU device: bits that do not depend on batch, tactic or threads, and calls that are refused.
 //! That the numbers are right is shown by the golden cases, in the crate `tests`.
 
+mod flip;
+
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
