@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use protocol::session::Register;
+
 use crate::access::Role;
 use crate::balancing::{Balancing, Last, same_as};
 use crate::deciding::{Kept, Obstacle};
@@ -99,7 +101,7 @@ async fn advise(
     };
     let Some(reason) = balancing.approves(&kept.proposal) else { return Ok(Some(kept)) };
     let register = state.fleet().register_of(group).cloned();
-    let Some(register) = register.filter(|register| register.asks) else { return Ok(Some(kept)) };
+    let Some(register) = register.filter(Register::is_placed) else { return Ok(Some(kept)) };
     let entry = own_entry("proposal.approve", &reason);
     match state.store.decide(&register, &kept.proposal.id, true, entry).await {
         // An operator was faster, and has the last word.

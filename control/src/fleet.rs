@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use protocol::session::{
-    Heartbeat, LayerPlacement, ModelInfo, Register, SESSION_VERSION, SESSION_VERSION_OLDEST,
+    FromControl, Heartbeat, LayerPlacement, LayerStaging, ModelInfo, Register, SESSION_VERSION,
+    SESSION_VERSION_OLDEST,
 };
 use tokio::sync::mpsc;
 
 use crate::limits::{COMMANDS_MAX, NAME_BYTES_MAX, RANKS_MAX};
+use crate::migrating::RankLayer;
 use crate::placing::{fits, rooms};
 
 /// What a session is to do.
@@ -17,6 +19,8 @@ use crate::placing::{fits, rooms};
 pub(crate) enum Command {
     /// Have the worker's window closed, and give the rank to `closed` once that window is stored.
     CloseWindow { mark_ms: u64, closed: mpsc::Sender<u32> },
+    /// Tell the worker something about placements.
+    Order(Box<FromControl>),
 }
 
 /// Why a registration was refused.
@@ -43,6 +47,8 @@ pub(crate) struct Worker {
     placements: Option<Arc<[LayerPlacement]>>,
     /// Whether it has said that it holds them.
     holds: bool,
+    /// What it says is on its way.
+    staging: Vec<LayerStaging>,
     /// The session that speaks for it, by number, and how to have it do something.
     session: Option<(u64, mpsc::Sender<Command>)>,
     /// Whether its registration is in the store: nothing is shown that a restart would forget.
@@ -89,6 +95,11 @@ impl Worker {
         self.placements.as_deref().filter(|_| ready && self.holds)
     }
 
+    /// What it says is on its way to other placements.
+    pub(crate) fn staging(&self) -> &[LayerStaging] {
+        &self.staging
+    }
+
     fn speaks(&self, now_ms: u64, patience_ms: u64) -> bool {
         self.session.is_some() && now_ms.saturating_sub(self.last_seen_ms) <= patience_ms
     }
@@ -127,6 +138,7 @@ impl Fleet {
             heartbeat: None,
             placements: None,
             holds: false,
+            staging: Vec::new(),
             session: None,
             kept: true,
         };
@@ -167,6 +179,7 @@ impl Fleet {
             heartbeat: None,
             placements: None,
             holds: false,
+            staging: Vec::new(),
             session: Some((session, command)),
             kept: false,
         };
@@ -225,6 +238,50 @@ impl Fleet {
             worker.holds = true;
         }
         Ok(())
+    }
+
+    /// A worker says what is on its way to other placements.
+    pub(crate) fn stage(&mut self, of: &Register, session: u64, staging: Vec<LayerStaging>) {
+        if let Some(worker) = self.of_session(of, session) {
+            worker.staging = staging;
+        }
+    }
+
+    /// What every rank of a group says of each layer; none while one is missing or loading, or cannot hold another
+    /// placement before its next start.
+    pub(crate) fn staging(
+        &self,
+        group: &str,
+        now_ms: u64,
+        patience_ms: u64,
+    ) -> Option<Vec<(u32, Vec<RankLayer>)>> {
+        let group = self.groups.get(group)?;
+        let ranks = group.values().next()?.register.ranks;
+        let workers: Vec<(&Worker, &[LayerPlacement])> = (0..ranks)
+            .map(|rank| {
+                let worker = group.get(&rank).filter(|worker| worker.register.stages)?;
+                Some((worker, worker.held(now_ms, patience_ms)?))
+            })
+            .collect::<Option<_>>()?;
+        let layers = workers.first()?.1.iter().enumerate();
+        let of_layer = |(at, placed): (usize, &LayerPlacement)| {
+            let of_rank = |(worker, held): &(&Worker, &[LayerPlacement])| {
+                let staging = worker.staging.iter().find(|staging| staging.layer == placed.layer);
+                Some(RankLayer { held: held.get(at)?.epoch, staging: staging.cloned() })
+            };
+            Some((placed.layer, workers.iter().map(of_rank).collect::<Option<_>>()?))
+        };
+        layers.map(of_layer).collect()
+    }
+
+    /// Has the session of a rank do something.
+    pub(crate) fn order(&self, group: &str, rank: u32, command: Command) {
+        let worker = self.groups.get(group).and_then(|group| group.get(&rank));
+        if let Some((_, commands)) = worker.and_then(|worker| worker.session.as_ref())
+            && let Err(error) = commands.try_send(command)
+        {
+            tracing::debug!(%error, group, rank, "a session does not take commands");
+        }
     }
 
     /// What is in force in a group: what all of its ranks say that they hold. None while a rank is
@@ -418,6 +475,7 @@ pub(crate) mod tests {
             layer_slots: Vec::new(),
             max_tokens: 64,
             asks: true,
+            stages: false,
         }
     }
 
@@ -458,7 +516,7 @@ pub(crate) mod tests {
             fleet.admit(&other, 0, PATIENCE).unwrap_err().to_string()
         };
         let cases: [(Change, &str); 7] = [
-            (|r| r.version = 9, "session version is 9, expected 1 to 2"),
+            (|r| r.version = 9, "session version is 9, expected 1 to 3"),
             (|r| r.group = "a/b".to_owned(), "the group's name is a/b, expected 1 to 64 letters"),
             (|r| r.ranks = 0, "ranks is 0, expected 1 to 1024"),
             (|r| r.rank = 2, "rank is 2, expected 0 to 1"),

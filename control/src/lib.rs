@@ -18,6 +18,8 @@ mod deciding;
 mod exchange;
 mod fleet;
 pub mod limits;
+mod migrate;
+mod migrating;
 mod placing;
 mod policies;
 mod propose;

@@ -126,3 +126,9 @@ pub const PROPOSAL_SECONDS_MAX: u64 = 7 * 86_400;
 
 /// Proposals among which control looks for one that says the same: those of an hour in which it asks each minute.
 pub const OPEN_PROPOSALS_LOOKED_AT: usize = 60;
+
+/// How often control looks whether ranks are to be told something about placements.
+pub const MIGRATE_TICK_MS: u64 = 200;
+
+/// Committed placements of a layer among which control looks for those that ranks do not hold yet.
+pub const COMMITTED_LOOKED_AT: usize = 16;

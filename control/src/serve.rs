@@ -23,6 +23,7 @@ use crate::fleet::Fleet;
 use crate::limits::{
     ANSWER_HOURS, FAREWELL_SECONDS, FORGET_SECONDS, SESSIONS_MAX, SETTLED_TICK_MS,
 };
+use crate::migrate;
 use crate::placing::PlacementFile;
 use crate::policies::Policies;
 use crate::state::{State, now_ms};
@@ -171,6 +172,7 @@ impl Server {
         let forgetting = tokio::spawn(forget(Arc::clone(&state)));
         let settling = tokio::spawn(tell_settled(Arc::clone(&state)));
         let advising = tokio::spawn(advise::run(Arc::clone(&state)));
+        let migrating = tokio::spawn(migrate::run(Arc::clone(&state)));
         let ended = async move {
             end.await;
             // Sessions and streams end by themselves then.
@@ -195,6 +197,7 @@ impl Server {
         forgetting.abort();
         settling.abort();
         advising.abort();
+        migrating.abort();
         state.store.close().await;
         fs::remove_file(&address).map_err(failed("remove", &address))?;
         tracing::info!("stopped");

@@ -143,6 +143,9 @@ async fn serve(
                     tell_of(state, register).await?;
                     tell_in_force(state, &register.group).await?;
                 }
+                Some(FromWorker::Staging { layers }) => {
+                    state.fleet().stage(register, admitted.session, layers);
+                }
                 Some(again @ FromWorker::Register(_)) => {
                     return Err(Ended::Order { got: name(&again), expected: "a heartbeat" });
                 }
@@ -153,6 +156,7 @@ async fn serve(
                     say(socket, &FromControl::Close { mark_ms }).await?;
                     closing.push((mark_ms, closed));
                 }
+                Some(Command::Order(order)) => say(socket, &order).await?,
                 None => return Err(Ended::Replaced),
             },
             () = silent => return Err(Ended::Silent { patience_ms }),
@@ -210,6 +214,7 @@ fn name(message: &FromWorker) -> &'static str {
     match message {
         FromWorker::Register(_) => "a registration",
         FromWorker::Holds { .. } => "what it holds",
+        FromWorker::Staging { .. } => "what is on its way",
         FromWorker::Heartbeat(_) => "a heartbeat",
         FromWorker::Window(_) => "a window",
     }

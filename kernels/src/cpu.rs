@@ -229,8 +229,12 @@ impl CpuDevice {
         let flips = flips(&announced, &ours);
         let result = self.go_through(part, &announced, (outgoing, incoming, scratch));
         // All ranks saw the same announcements: they flip after the same call, whatever became of it.
-        if flips && let Some(position) = self.position(ours.layer) {
-            self.layers[position].flip();
+        match self.position(ours.layer) {
+            Some(position) if flips => self.layers[position].flip(),
+            Some(position) if result.is_ok() && ours.role != Role::Refused => {
+                self.layers[position].settle();
+            }
+            _ => {}
         }
         result
     }
@@ -316,6 +320,10 @@ enum Part<'a> {
 impl Device for CpuDevice {
     fn describe(&self) -> String {
         describe(&self.pool, self.tactic, self.isa)
+    }
+
+    fn placed(&mut self) -> Option<&mut CpuDevice> {
+        Some(self)
     }
 
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError> {

@@ -18,6 +18,7 @@
 use std::io;
 
 use crate::checkpoint::CheckpointError;
+use crate::cpu::CpuDevice;
 use crate::cpu::Why;
 use crate::cuda::CudaError;
 use crate::group::{Group, GroupError, Mismatch};
@@ -230,6 +231,11 @@ pub enum LoadError {
 pub trait Device: Send {
     /// The device in words, for logs.
     fn describe(&self) -> String;
+
+    /// The device as one that can hold another placement while calls go on; none if it cannot.
+    fn placed(&mut self) -> Option<&mut CpuDevice> {
+        None
+    }
 
     /// Runs one call: reads ids, weights and hidden states from its buffer, writes the output.
     ///

@@ -12,6 +12,7 @@ mod events;
 mod failures;
 mod field;
 mod groups;
+mod migrations;
 mod placements;
 mod proposals;
 mod raw;

@@ -53,6 +53,7 @@ pub fn register((group, rank, ranks): (&str, u32, u32), layers: u32, experts: u3
         layer_slots: Vec::new(),
         max_tokens: 64,
         asks: false,
+        stages: false,
     }
 }
 

@@ -109,6 +109,7 @@ impl Fleet<'_> {
         let registered = Register {
             slots_per_rank,
             asks: true,
+            stages: false,
             ..register(("fleet", rank, ranks), layers, experts)
         };
         let (mut worker, _) = FakeWorker::dial(self.control, registered)?;

@@ -8,6 +8,7 @@ mod connection;
 mod failure;
 pub mod limits;
 mod load;
+mod migrate;
 mod model;
 mod placement;
 mod pulse;

@@ -47,3 +47,12 @@ pub const GROUP_TOKENS_DEFAULT: u32 = 1_024;
 /// How long a peer that makes no progress is waited for, unless configured: far beyond the tile that
 /// a busy processor takes, and short enough to be waited for.
 pub const DEADLINE_MS_DEFAULT: u64 = 2_000;
+
+/// Orders of control that may wait for the rank's thread: two for each layer of the deepest models.
+pub const ORDERS_MAX: usize = 512;
+
+/// How fast experts are derived for another placement: some per cent of what calls read.
+pub const STAGE_BYTES_PER_SECOND: f64 = 500e6;
+
+/// How long after a failure a placement is staged again: what is in the way may be gone.
+pub const STAGE_AGAIN: Duration = Duration::from_secs(5);

@@ -134,13 +134,27 @@ impl Placements {
 
     /// What `rank` holds of the layer at `position`.
     pub(crate) fn slots(&self, position: usize, rank: u32) -> LayerSlots {
-        let LayerPlacement { epoch, placement, .. } = &self.layers[position];
-        let experts = placement.slots_of_rank(RankId(rank)).iter();
-        let RoutingTable { replica_start, slots, cumulative } = RoutingTable::even(placement);
-        LayerSlots {
-            epoch: *epoch,
-            experts: experts.map(|slot| slot.map(|expert| expert.0)).collect(),
-            route: RouteTable { replica_start, slots, cumulative },
+        slots_of(&self.layers[position], rank)
+    }
+
+    /// What `rank` would hold of another placement of a layer, if it fits in place of these.
+    pub(crate) fn slots_with(
+        &self,
+        placement: &LayerPlacement,
+        rank: u32,
+    ) -> Result<LayerSlots, PlaceError> {
+        let mut layers = self.layers.clone();
+        for layer in layers.iter_mut().filter(|layer| layer.layer == placement.layer) {
+            *layer = placement.clone();
+        }
+        self.replaced_by(layers)?;
+        Ok(slots_of(placement, rank))
+    }
+
+    /// A layer has another placement.
+    pub(crate) fn replace(&mut self, placement: LayerPlacement) {
+        for layer in self.layers.iter_mut().filter(|layer| layer.layer == placement.layer) {
+            layer.clone_from(&placement);
         }
     }
 
@@ -154,11 +168,15 @@ impl Placements {
         &self.layers
     }
 
-    /// Equal on all ranks whose placements and epochs are.
+    /// Equal on all ranks whose own placements are. Those of control have epochs, which calls compare, and may change.
     pub(crate) fn digest(&self) -> String {
         let mut hash = Sha256::new();
         for LayerPlacement { epoch, placement, .. } in &self.layers {
-            hash.update(format!("{epoch} {:?};", placement.to_phy2log()));
+            if *epoch == OWN_EPOCH {
+                hash.update(format!("{:?};", placement.to_phy2log()));
+            } else {
+                hash.update("by control;");
+            }
         }
         hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
@@ -178,6 +196,17 @@ impl Placements {
         let text = fs::read(memory(group)).ok()?;
         let remembered: Remembered = serde_json::from_slice(&text).ok()?;
         (remembered.model == model).then_some(remembered.layers)
+    }
+}
+
+fn slots_of(placed: &LayerPlacement, rank: u32) -> LayerSlots {
+    let LayerPlacement { epoch, placement, .. } = placed;
+    let experts = placement.slots_of_rank(RankId(rank)).iter();
+    let RoutingTable { replica_start, slots, cumulative } = RoutingTable::even(placement);
+    LayerSlots {
+        epoch: *epoch,
+        experts: experts.map(|slot| slot.map(|expert| expert.0)).collect(),
+        route: RouteTable { replica_start, slots, cumulative },
     }
 }
 

@@ -3,19 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::refusal::Refusal;
-use protocol::session::{EngineState, Heartbeat, LayerPlacement, Window};
+use protocol::session::{EngineState, Heartbeat, LayerPlacement, LayerStaging, Window};
 
 use crate::load::Load;
 
 /// Written by the rank's thread alone. A reader may see a call that another word does not have yet.
 #[derive(Debug)]
 pub(crate) struct Pulse {
-    /// Set once the rank is ready.
-    pub(crate) holds: OnceLock<Vec<LayerPlacement>>,
+    /// What the rank holds once it is ready, and how often that has changed.
+    holds: Mutex<(u64, Vec<LayerPlacement>)>,
+    /// What is on its way, and how often that has changed.
+    staging: Mutex<(u64, Vec<LayerStaging>)>,
     engine: AtomicU8,
     calls: AtomicU64,
     /// By the code of the refusal.
@@ -25,8 +27,26 @@ pub(crate) struct Pulse {
 
 impl Pulse {
     pub(crate) fn new() -> Self {
-        let (holds, engine, calls, refusals) = Default::default();
-        Self { holds, engine, calls, refusals, load: Mutex::new(Load::new(now_ms())) }
+        let (holds, staging, engine, calls, refusals) = Default::default();
+        Self { holds, staging, engine, calls, refusals, load: Mutex::new(Load::new(now_ms())) }
+    }
+
+    pub(crate) fn set_holds(&self, layers: Vec<LayerPlacement>) {
+        set(&self.holds, layers);
+    }
+
+    /// What the rank holds, if that is another than what was `said`; none while it loads.
+    pub(crate) fn holds(&self, said: u64) -> Option<(u64, Vec<LayerPlacement>)> {
+        changed(&self.holds, said)
+    }
+
+    pub(crate) fn set_staging(&self, layers: Vec<LayerStaging>) {
+        set(&self.staging, layers);
+    }
+
+    /// What is on its way, if that is another than what was `said`.
+    pub(crate) fn staging(&self, said: u64) -> Option<(u64, Vec<LayerStaging>)> {
+        changed(&self.staging, said)
     }
 
     pub(crate) fn set_engine(&self, engine: EngineState) {
@@ -62,6 +82,19 @@ impl Pulse {
         let refused = BTreeMap::values(&refusals).sum();
         Heartbeat { engine, calls, refused, refusals }
     }
+}
+
+/// Sets what is numbered, if it changes.
+fn set<T: PartialEq>(of: &Mutex<(u64, T)>, value: T) {
+    let mut known = of.lock().unwrap_or_else(PoisonError::into_inner);
+    if known.0 == 0 || known.1 != value {
+        *known = (known.0 + 1, value);
+    }
+}
+
+fn changed<T: Clone>(of: &Mutex<(u64, T)>, said: u64) -> Option<(u64, T)> {
+    let known = of.lock().unwrap_or_else(PoisonError::into_inner);
+    (known.0 != said).then(|| known.clone())
 }
 
 /// Milliseconds since 1970.

@@ -23,6 +23,7 @@ use serde::de::DeserializeOwned;
 use crate::connection::{Attachment, Connection, State};
 use crate::failure::refusal;
 use crate::limits::{CONNECTIONS_MAX, LINGER};
+use crate::migrate::Migrate;
 use crate::model::Model;
 use crate::socket::Listener;
 use crate::uplink::Uplink;
@@ -39,19 +40,20 @@ pub struct Rank {
     watch: Option<Watch>,
     /// The session with control; none for a worker that nobody is to see.
     uplink: Option<Uplink>,
+    /// Other placements while calls go on; none for a rank that nobody orders any.
+    migrate: Option<Migrate>,
 }
 
 impl Rank {
     pub(crate) fn new(
         device: Box<dyn Device>,
-        model: Model,
-        max_tokens: u32,
+        (model, max_tokens): (Model, u32),
         listener: Listener,
         watch: Option<Watch>,
-        uplink: Option<Uplink>,
+        (uplink, migrate): (Option<Uplink>, Option<Migrate>),
     ) -> Self {
         let connections = Vec::new();
-        Self { device, model, max_tokens, listener, connections, watch, uplink }
+        Self { device, model, max_tokens, listener, connections, watch, uplink, migrate }
     }
 
     /// Serves until a byte comes from `stop`; calls whose frames have arrived are answered first.
@@ -72,8 +74,11 @@ impl Rank {
                     lingers = true;
                 }
             }
-            let [stopping, knocking, rung] = self.wait(stop, lingers)?;
+            let [stopping, knocking, rung, ordered] = self.wait(stop, lingers)?;
             self.device.group().set_parked(false);
+            if let Some(migrate) = self.migrate.as_mut().filter(|_| ordered) {
+                migrate.take(&mut *self.device);
+            }
             if let Some(watch) = self.watch.as_ref().filter(|_| rung) {
                 watch.hear();
             }
@@ -124,17 +129,21 @@ impl Rank {
             Err(CallError::Group(error)) => tracing::warn!(%error, "a call was given up"),
             Err(error) => tracing::warn!(%error, "a call was not made"),
         }
+        if let Some(migrate) = &mut self.migrate {
+            migrate.after_call(&mut *self.device);
+        }
     }
 
-    /// Waits for something to do, or only looks; says whether to stop, whether somebody knocks, and
-    /// whether peers rang.
-    fn wait(&self, stop: &UnixStream, only_looks: bool) -> io::Result<[bool; 3]> {
+    /// Waits for something to do, or only looks; says whether to stop, whether somebody knocks,
+    /// whether peers rang, and whether there are orders.
+    fn wait(&self, stop: &UnixStream, only_looks: bool) -> io::Result<[bool; 4]> {
         let listener = self.listener.listener.as_fd();
         let bell = self.watch.as_ref().map_or(stop, |watch| &watch.bell);
         let mut fds = vec![
             PollFd::new(stop, PollFlags::IN),
             PollFd::from_borrowed_fd(listener, PollFlags::IN),
             PollFd::new(bell, PollFlags::IN),
+            PollFd::new(self.migrate.as_ref().map_or(stop, |migrate| &migrate.bell), PollFlags::IN),
         ];
         fds.extend(self.connections.iter().map(|connection| {
             let out = if connection.has_unsent() { PollFlags::OUT } else { PollFlags::empty() };
@@ -146,8 +155,8 @@ impl Rank {
         }
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         match poll(&mut fds, only_looks.then_some(&now)) {
-            Ok(_) => Ok([0, 1, 2].map(|n| !fds[n].revents().is_empty())),
-            Err(Errno::INTR) => Ok([false; 3]),
+            Ok(_) => Ok([0, 1, 2, 3].map(|n| !fds[n].revents().is_empty())),
+            Err(Errno::INTR) => Ok([false; 4]),
             Err(error) => Err(error.into()),
         }
     }
@@ -329,6 +338,9 @@ impl Rank {
             && let Err(error) = self.device.join(*asked)
         {
             ran = Err(Failed::Together(error));
+        }
+        if let Some(migrate) = &mut self.migrate {
+            migrate.after_call(&mut *self.device);
         }
         if let Err(Failed::Together(CallError::Group(error))) = &ran {
             tracing::warn!(%error, "a call was given up");

@@ -20,6 +20,7 @@ use protocol::session::{ModelInfo, Register, SESSION_VERSION};
 use crate::Rank;
 use crate::config::{Config, ConfigError, DeviceKind, GroupConfig};
 use crate::limits::CONTROL_PATIENCE;
+use crate::migrate::Migrate;
 use crate::model::Model;
 use crate::placement::{PlaceError, Placements};
 use crate::pulse::now_ms;
@@ -92,7 +93,8 @@ impl Rank {
         let known = config.group.is_some() || config.control.is_some();
         let digest = known.then(|| checkpoint.digest()).transpose().map_err(LoadError::from)?;
         let digest = digest.unwrap_or_default();
-        let known = Known { config, checkpoint: &checkpoint, model: &model, digest };
+        let known =
+            Known { config, checkpoint: &checkpoint, model: &model, digest: digest.clone() };
         let Started { mut device, placements, uplink } = match (&config.group, config.device.kind) {
             (None, DeviceKind::Cpu) => {
                 known.alone(Box::new(CpuDevice::alone(options, &checkpoint, max_tokens)?))?
@@ -118,11 +120,26 @@ impl Rank {
             loaded_ms = started.elapsed().as_millis(),
             "ready"
         );
-        if let Some(uplink) = &uplink {
-            // Now, and not when it was asked for: engines can connect.
-            uplink.pulse.holds.get_or_init(|| placements.layers().to_vec());
-        }
-        Ok(Self::new(device, model, max_tokens, listener, watch, uplink))
+        let (rank, can) = (heap.rank(), device.placed().is_some());
+        let migrate = match (&uplink, &config.group) {
+            (Some(uplink), Some(group)) if can && group.placement.is_none() => {
+                // Now, and not when it was asked for: engines can connect.
+                uplink.pulse.set_holds(placements.layers().to_vec());
+                let (pulse, group) = (Arc::clone(&uplink.pulse), group.clone());
+                let remember =
+                    Box::new(move |placed: &Placements| placed.remember(&group, &digest));
+                let started = Migrate::start(checkpoint, rank, placements, pulse, remember);
+                let (migrate, orders) = started.map_err(StartError::Uplink)?;
+                uplink.orders.get_or_init(|| orders);
+                Some(migrate)
+            }
+            (Some(uplink), _) => {
+                uplink.pulse.set_holds(placements.layers().to_vec());
+                None
+            }
+            (None, _) => None,
+        };
+        Ok(Self::new(device, (model, max_tokens), listener, watch, (uplink, migrate)))
     }
 }
 
@@ -237,6 +254,8 @@ impl Known<'_> {
             layer_slots,
             max_tokens: config.engine.max_tokens,
             asks: group.is_some_and(|group| group.placement.is_none()),
+            stages: group.is_some_and(|group| group.placement.is_none())
+                && config.device.kind == DeviceKind::Cpu,
         }
     }
 

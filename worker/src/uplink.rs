@@ -7,9 +7,9 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ use tungstenite::{HandshakeError, Message, WebSocket};
 
 use crate::config::ControlConfig;
 use crate::limits::{CONTROL_PATIENCE, CONTROL_TICK, FAREWELL, RECONNECT, WINDOW, WINDOWS_MAX};
+use crate::migrate::Orders;
 use crate::pulse::{Pulse, now_ms};
 use crate::wire::{TlsError, Wire};
 
@@ -30,6 +31,8 @@ pub(crate) struct Uplink {
     pub(crate) pulse: Arc<Pulse>,
     /// What control wants the rank to load: nothing if it leaves that to the rank.
     pub(crate) placed: Receiver<Vec<LayerPlacement>>,
+    /// Where orders go; set once the rank takes them.
+    pub(crate) orders: Arc<OnceLock<Orders>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -68,9 +71,11 @@ impl Uplink {
         let stopped = Arc::clone(&stop);
         let windows = Windows::new(pulse);
         let (place, placed) = sync_channel(1);
-        let dialler = Dialler { config, register, windows, place, stop: stopped };
+        let orders = Arc::new(OnceLock::new());
+        let put = Arc::clone(&orders);
+        let dialler = Dialler { config, register, windows, place, orders: put, stop: stopped };
         let thread = thread::Builder::new().name("uplink".to_owned()).spawn(|| dialler.run())?;
-        Ok(Self { pulse: told, placed, stop, thread: Some(thread) })
+        Ok(Self { pulse: told, placed, orders, stop, thread: Some(thread) })
     }
 }
 
@@ -90,13 +95,16 @@ struct Dialler {
     register: Register,
     windows: Windows,
     place: SyncSender<Vec<LayerPlacement>>,
+    orders: Arc<OnceLock<Orders>>,
     stop: Arc<AtomicBool>,
 }
 
 /// What was said in a session.
 #[derive(Default)]
 struct Said {
-    holds: bool,
+    /// Numbers of what the rank holds, and of what is on its way.
+    holds: u64,
+    staging: u64,
     /// Number of a window.
     window: Option<u64>,
 }
@@ -174,7 +182,7 @@ impl Dialler {
     fn session(&mut self, stood: &mut bool) -> Result<(), Lost> {
         let mut socket = self.dial()?;
         // Who has loaded has nothing to ask.
-        self.register.asks &= self.windows.pulse.holds.get().is_none();
+        self.register.asks &= self.windows.pulse.holds(0).is_none();
         say(&mut socket, &FromWorker::Register(Box::new(self.register.clone())))?;
         let beat = self.welcome(&mut socket)?;
         *stood = true;
@@ -200,9 +208,14 @@ impl Dialler {
 
     /// Says what the rank holds and its oldest window, unless that was said, and hears what control says.
     fn exchange(&mut self, socket: &mut WebSocket<Wire>, said: &mut Said) -> Result<(), Lost> {
-        if let Some(layers) = self.windows.pulse.holds.get().filter(|_| !said.holds) {
-            say(socket, &FromWorker::Holds { layers: layers.clone() })?;
-            said.holds = true;
+        // In this order: what is in force is never neither on its way nor held.
+        if let Some((number, layers)) = self.windows.pulse.holds(said.holds) {
+            say(socket, &FromWorker::Holds { layers })?;
+            said.holds = number;
+        }
+        if let Some((number, layers)) = self.windows.pulse.staging(said.staging) {
+            say(socket, &FromWorker::Staging { layers })?;
+            said.staging = number;
         }
         if let Some(oldest) = self.windows.unkept.front()
             && said.window != Some(oldest.number)
@@ -224,6 +237,12 @@ impl Dialler {
                 // A rank that has waited long enough for it has loaded something else.
                 if self.place.try_send(layers).is_err() {
                     tracing::info!("control's placement comes too late to be loaded");
+                }
+                Ok(())
+            }
+            Some(order @ (FromControl::Stage { .. } | FromControl::Ready { .. })) => {
+                if !self.orders.get().is_some_and(|orders| orders.put(order)) {
+                    tracing::debug!("an order was not taken: it comes again");
                 }
                 Ok(())
             }

@@ -139,6 +139,7 @@ const PLACEMENTS: &[Column] = &[
     ("ASKED", "/asked/epoch"),
     ("SOURCE", "/asked/source"),
     ("WAITING RANKS", "/waiting"),
+    ("MOVING", "/moving"),
 ];
 const EPOCHS: &[Column] = &[
     ("EPOCH", "/epoch"),

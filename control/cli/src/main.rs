@@ -114,11 +114,11 @@ enum Command {
     },
     /// How a group is balanced: shows it, or with --reason changes what is given.
     Balancing(Balancing),
-    /// Approves a proposal: ranks hold its placements when all of the group start again.
+    /// Approves a proposal: ranks take its placements up, while calls go on where they can.
     Approve(Decide),
     /// Rejects a proposal.
     Reject(Decide),
-    /// Takes placements of another engine over; ranks hold them when all of the group start again.
+    /// Takes placements of another engine over; ranks take them up, while calls go on where they can.
     Import {
         /// The file.
         file: PathBuf,

@@ -86,8 +86,8 @@ pub(super) async fn export(
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
 }
 
-/// Commits placements that are in the form of another engine: every layer of the group, or nothing. They
-/// are what its ranks are told to hold when all of them start again.
+/// Commits placements that are in the form of another engine: every layer of the group, or nothing. Its
+/// ranks take them up while calls go on, or when all of them start again where they cannot.
 #[utoipa::path(post, path = "/api/v1/groups/{group}/import", params(("group" = String, Path)),
     request_body = Import, security(("token" = ["operator"])),
     responses((status = 200, body = Vec<ImportedView>), (status = 404, body = Problem),

@@ -8,7 +8,7 @@ use axum::http::HeaderMap;
 use axum::response::Response;
 use protocol::message::ServedLayer;
 use protocol::placement::Placement;
-use protocol::session::LayerPlacement;
+use protocol::session::{LayerPlacement, LayerStaging};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -16,6 +16,7 @@ use super::ask::{Part, PathOf, QueryOf, register_of};
 use super::error::{ApiError, Problem};
 use super::tag::tagged;
 use super::views::Page;
+use crate::fleet::Worker;
 use crate::state::{Shared, now_ms};
 use crate::store::placements::Committed;
 
@@ -32,6 +33,32 @@ pub(super) struct PlacementView {
     asked: Option<CommittedView>,
     /// Ranks that do not hold what is asked for, or are not there.
     waiting: Vec<u32>,
+    /// What is on its way on ranks.
+    moving: Vec<MovingView>,
+}
+
+/// Another placement that is on its way on a rank.
+#[derive(Serialize, ToSchema)]
+pub(super) struct MovingView {
+    /// The rank.
+    rank: u32,
+    /// The epoch that it is to have.
+    epoch: u64,
+    /// Experts that it lacks still.
+    left: u64,
+    /// Whether all of it is there.
+    staged: bool,
+    /// Whether it is to be in force once all ranks know so: nothing holds it up any more but that nobody calls.
+    ready: bool,
+    /// Why it does not come to be.
+    problem: Option<String>,
+}
+
+impl MovingView {
+    fn new(rank: u32, staging: &LayerStaging) -> Self {
+        let LayerStaging { epoch, left, staged, ready, ref problem, .. } = *staging;
+        Self { rank, epoch, left, staged, ready, problem: problem.clone() }
+    }
 }
 
 /// A placement under its number.
@@ -150,12 +177,21 @@ async fn views(
             let held = worker.and_then(|worker| worker.held(now_ms, patience_ms)?.get(at));
             !held.is_some_and(holds_asked)
         };
+        let ranks = fleet.groups.get(group).into_iter().flatten();
+        let moving = |(rank, worker): (&u32, &Worker)| {
+            let held = worker.held(now_ms, patience_ms).and_then(|held| Some(held.get(at)?.epoch));
+            let staging = worker.staging().iter().find(|staging| staging.layer == layer.number);
+            // What is in force is told before that it is not on its way any more.
+            let staging = staging.filter(|staging| held.is_none_or(|held| held < staging.epoch));
+            staging.map(|staging| MovingView::new(*rank, staging))
+        };
         PlacementView {
             layer: layer.number,
             experts: layer.experts,
             in_force: held.map(|held| PlacedView::new(held.epoch, &held.placement)),
             asked: asked.map(CommittedView::from),
             waiting: (0..register.ranks).filter(waits).collect(),
+            moving: ranks.filter_map(moving).collect(),
         }
     };
     Ok(wanted.map(view).collect())

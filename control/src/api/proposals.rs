@@ -169,8 +169,8 @@ async fn kept(state: &Shared, id: String) -> Result<Kept, ApiError> {
     found.ok_or_else(|| ApiError::NotFound { what: "proposal", name: id })
 }
 
-/// Approves a proposal: its placements are committed, and its group's ranks hold them when all of them start again. One that
-/// was decided already, has expired or was superseded is refused with what is in the way.
+/// Approves a proposal: its placements are committed, and its group's ranks take them up while calls go on, or when all of
+/// them start again where they cannot. One that was decided already, has expired or was superseded is refused with what is in the way.
 #[utoipa::path(post, path = "/api/v1/proposals/{id}/approve", params(("id" = String, Path)),
     request_body = Reason, security(("token" = ["operator"])),
     responses((status = 200, body = ProposalView), (status = 404, body = Problem),
@@ -206,7 +206,7 @@ async fn decide(
 ) -> Result<Json<ProposalView>, ApiError> {
     let group = kept(state, id.clone()).await?.proposal.group;
     let register = register_of(&state.fleet(), &group)?.clone();
-    if approved && !register.asks {
+    if approved && !register.is_placed() {
         let (what, reason) = (
             "group",
             "its workers hold placements of their own, expected some \

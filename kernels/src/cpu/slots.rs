@@ -4,7 +4,7 @@
 //! calls, on any thread: experts that the rank lacks are derived, the others are taken along. What is staged is taken in
 //! and then, once its group is to have it, made **ready**; ranks announce with every call of the layer for which epoch they
 //! are ready, and all flip after the first call in which all are (`crate::group`). What was in force before is kept until
-//! it is dropped.
+//! all ranks have called without it.
 
 use std::sync::Arc;
 
@@ -76,7 +76,7 @@ pub(super) struct Layer {
     pub(super) held: Held,
     /// What is staged, and whether it is to be in force.
     next: Option<(Held, bool)>,
-    /// What was in force before.
+    /// What was in force before, until all ranks have called without it.
     last: Option<Held>,
 }
 
@@ -101,6 +101,11 @@ impl Layer {
         if let Some((next, _)) = self.next.take() {
             self.last = Some(std::mem::replace(&mut self.held, next));
         }
+    }
+
+    /// All ranks have called under the epoch in force: nobody goes back to the one before.
+    pub(super) fn settle(&mut self) {
+        self.last = None;
     }
 }
 
@@ -189,6 +194,12 @@ impl Stager {
         Ok(Self { layer: number, position, wanted, have, lacking })
     }
 
+    /// The layer.
+    #[must_use]
+    pub fn layer(&self) -> u32 {
+        self.layer
+    }
+
     /// How many experts are still to be derived.
     #[must_use]
     pub fn left(&self) -> usize {
@@ -272,15 +283,6 @@ impl super::CpuDevice {
         let known = self.staging(layer)?;
         check_not_ready(known)?;
         known.next = None;
-        Ok(())
-    }
-
-    /// Drops what was in force before: its experts' memory is free unless they are held still.
-    ///
-    /// # Errors
-    /// [`StageError::Layer`].
-    pub fn drop_last(&mut self, layer: u32) -> Result<(), StageError> {
-        self.staging(layer)?.last = None;
         Ok(())
     }
 

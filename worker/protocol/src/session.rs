@@ -12,11 +12,17 @@
 //!   Window                     ->
 //!                              <-     Kept
 //!                              <-     Close, at any time; the answer is a Window
+//!                              <-     Stage, Ready: another placement of a layer
+//!   Staging, Holds             ->
 //! ```
 //!
 //! A worker counts what it serves in windows, and keeps those that control has not kept yet; they are
 //! numbered, so that one that comes twice counts once. They end when the clock shows a multiple of
 //! their length, so that those of all ranks cover the same time, and when control asks for it.
+//!
+//! Another placement takes the place of one while calls go on, if all ranks can (`Register::stages`): each stages it, control
+//! says `Ready` once all have, and all have it in force after the same call, from when on they say so by `Holds`. Until the
+//! first rank is ready another may be staged instead. Every order may come again: it is followed once.
 //!
 //! A worker that belongs to a group asks what to hold before it loads, and says what it holds in every
 //! session afterwards: that, and not what was asked for, is in force. It serves whether or not control is
@@ -30,10 +36,10 @@ use crate::message::{ActFormat, Phase, ServedLayer, UnservedLayer};
 use crate::placement::Placement;
 
 /// Version of these messages. Since 2, a worker may ask for a placement and
-/// says what it holds, and control may say `Close`.
-pub const SESSION_VERSION: u32 = 2;
+/// says what it holds, and control may say `Close`; since 3, placements may change while calls go on.
+pub const SESSION_VERSION: u32 = 3;
 
-/// The oldest version that control accepts: the one before its own. A worker is told nothing that its
+/// The oldest version that control accepts. A worker is told nothing that its
 /// version does not know.
 pub const SESSION_VERSION_OLDEST: u32 = 1;
 
@@ -50,6 +56,11 @@ pub enum FromWorker {
     Holds {
         /// In the order of the model's layers.
         layers: Vec<LayerPlacement>,
+    },
+    /// What is on its way to other placements; whole, and again whenever it changes.
+    Staging {
+        /// Layers of which something is, ascending.
+        layers: Vec<LayerStaging>,
     },
     /// The worker lives, and how it is.
     Heartbeat(Heartbeat),
@@ -84,6 +95,18 @@ pub enum FromControl {
     Close {
         /// What [`Window::closed_by`] of its window is to be.
         mark_ms: u64,
+    },
+    /// Another placement of a layer is to be staged, in place of any that is.
+    Stage {
+        /// It; its epoch is later than the one in force.
+        placement: LayerPlacement,
+    },
+    /// All ranks have staged it: it is to be in force after the first call in which all ranks know so.
+    Ready {
+        /// The layer.
+        layer: u32,
+        /// What is staged.
+        epoch: u64,
     },
     /// It does not; the worker says why in its log and tries again later.
     Refused {
@@ -126,6 +149,36 @@ pub struct Register {
     /// Whether the worker waits to be told what to load.
     #[serde(default)]
     pub asks: bool,
+    /// Whether it can hold another placement while calls go on.
+    #[serde(default)]
+    pub stages: bool,
+}
+
+impl Register {
+    /// Whether the worker holds what control commits, now or from its next start on; otherwise its placements are its own.
+    #[must_use]
+    pub fn is_placed(&self) -> bool {
+        // Who has loaded does not ask again.
+        self.asks || self.stages
+    }
+}
+
+/// How far another placement of a layer is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerStaging {
+    /// The model's number of the layer.
+    pub layer: u32,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Experts that the rank lacks still.
+    pub left: u64,
+    /// Whether it is at hand.
+    pub staged: bool,
+    /// Whether it is to be in force.
+    pub ready: bool,
+    /// Why it does not come to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// The placement of one layer.

@@ -1,0 +1,148 @@
+//! Placements that change while calls go on: real workers, real traffic, every answer the same to the bit.
+
+use protocol::client::Engine;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tests::case::Case;
+use tests::control_process::Control;
+use tests::group::{Group, Spec, call_all, random_placement, uneven};
+use tests::random::Random;
+use tests::worker_process::until;
+
+use crate::{BF16, assert_says, skewed};
+
+/// Sixteen experts on two ranks of nine slots each, with a placement in force.
+fn group(control: &Control) -> Group {
+    let mut options = control.options();
+    options.extend(["--slots-per-rank".to_owned(), "9".to_owned()]);
+    let group = Group::start(&skewed(), &Spec { ranks: 2, placement: None, options }).unwrap();
+    until("a placement in force", || Ok(placed(control)["in_force"].is_object().then_some(())))
+        .unwrap();
+    group
+}
+
+fn placed(control: &Control) -> Value {
+    control.get("/api/v1/groups/g/placements/0").unwrap().1
+}
+
+/// Commits a placement of `slots` a rank that is none of the others; the expert of every slot.
+#[track_caller]
+fn commit(control: &Control, seed: u64, slots: usize) -> Value {
+    let placement = random_placement(16, 2, slots, &mut Random::new(seed));
+    let text = json!([placement]).to_string();
+    let body = json!({ "format": "deepseek", "text": text });
+    let (status, layers) = control.post("/api/v1/groups/g/import", &body).unwrap();
+    assert_eq!((status, &layers[0]["changed"]), (200, &json!(true)), "{layers}");
+    json!(placement)
+}
+
+/// Steps of all engines, each with its share of the tokens, that all have the same answer.
+struct Traffic {
+    case: Case,
+    engines: Vec<Engine>,
+    first: Option<Vec<u16>>,
+    steps: u32,
+}
+
+impl Traffic {
+    /// Engines of the first ranks; the others join by themselves.
+    fn new(group: &Group, engines: usize) -> Self {
+        let workers = &group.workers[..engines];
+        let engines = workers.iter().map(|worker| worker.engine(BF16, 300).unwrap()).collect();
+        Self { case: Case::open(&skewed()).unwrap(), engines, first: None, steps: 0 }
+    }
+
+    #[track_caller]
+    fn step(&mut self) {
+        let shares = uneven(300, self.engines.len());
+        let output = call_all(&mut self.engines, 0, &self.case.inputs, &shares).unwrap();
+        let first = self.first.get_or_insert_with(|| output.clone());
+        assert!(output == *first, "step {} has other bits", self.steps);
+        self.steps += 1;
+    }
+
+    /// Goes on until `epoch` is in force, and some steps longer.
+    #[track_caller]
+    fn until_in_force(&mut self, control: &Control, epoch: u64) -> Value {
+        let mut found = Value::Null;
+        until("another placement in force", || {
+            self.step();
+            found = placed(control);
+            Ok((found["in_force"]["epoch"] == epoch).then_some(()))
+        })
+        .unwrap();
+        (0..5).for_each(|_| self.step());
+        assert_eq!((&found["waiting"], &found["moving"]), (&json!([]), &json!([])));
+        found
+    }
+}
+
+#[test]
+fn experts_move_while_calls_go_on_and_a_rank_that_comes_back_has_them() {
+    let control = Control::start().unwrap();
+    let mut group = group(&control);
+    let mut traffic = Traffic::new(&group, 2);
+    (0..5).for_each(|_| traffic.step());
+    for (seed, epoch) in [(1, 2), (2, 3), (3, 4)] {
+        let placement = commit(&control, seed, 9);
+        let found = traffic.until_in_force(&control, epoch);
+        assert_eq!(found["in_force"]["phy2log"], placement);
+        assert_eq!(found["asked"]["source"], "import");
+    }
+    let expected = traffic.first.clone();
+    drop(traffic);
+    // The group's memory was founded under another placement.
+    group.workers[1].signal(Signal::KILL).unwrap();
+    group.workers[1].wait().unwrap();
+    group.restart(1).unwrap();
+    let mut traffic = Traffic { first: expected, ..Traffic::new(&group, 2) };
+    traffic.until_in_force(&control, 4);
+    commit(&control, 5, 9);
+    traffic.until_in_force(&control, 5);
+}
+
+#[test]
+fn a_rank_without_an_engine_flips_with_the_others() {
+    let control = Control::start().unwrap();
+    let group = group(&control);
+    let mut traffic = Traffic::new(&group, 1);
+    let placement = commit(&control, 1, 9);
+    assert_eq!(traffic.until_in_force(&control, 2)["in_force"]["phy2log"], placement);
+}
+
+#[test]
+fn what_was_committed_goes_on_after_control_was_killed() {
+    let mut control = Control::start().unwrap();
+    let group = group(&control);
+    // Nobody calls: what is staged stays so.
+    let placement = commit(&control, 1, 9);
+    control.signal(Signal::KILL).unwrap();
+    control.wait().unwrap();
+    let mut traffic = Traffic::new(&group, 2);
+    (0..20).for_each(|_| traffic.step());
+    control.restart(&[]).unwrap();
+    assert_eq!(traffic.until_in_force(&control, 2)["in_force"]["phy2log"], placement);
+}
+
+#[test]
+fn what_ranks_have_no_room_for_is_shown_and_the_next_takes_its_place() {
+    let control = Control::start().unwrap();
+    let group = group(&control);
+    let mut traffic = Traffic::new(&group, 2);
+    // Slots are what ranks were started with.
+    commit(&control, 1, 8);
+    let mut moving = Value::Null;
+    until("a problem of both ranks", || {
+        traffic.step();
+        moving = placed(&control)["moving"].clone();
+        let ranks = moving.as_array().map_or(&[][..], Vec::as_slice);
+        Ok((ranks.len() == 2 && ranks.iter().all(|rank| rank["problem"].is_string())).then_some(()))
+    })
+    .unwrap();
+    assert_eq!((&moving[1]["rank"], &moving[1]["epoch"]), (&json!(1), &json!(2)));
+    let expected = "layer 0 would have 8 slots, expected 9";
+    assert_says(moving[0]["problem"].as_str().unwrap(), &[expected]);
+    assert_eq!(placed(&control)["in_force"]["epoch"], 1);
+    let placement = commit(&control, 2, 9);
+    assert_eq!(traffic.until_in_force(&control, 3)["in_force"]["phy2log"], placement);
+}
