@@ -2,6 +2,7 @@
 //! activations and verify every answer.
 
 mod play;
+mod rebalance;
 mod system;
 mod table;
 
@@ -13,15 +14,18 @@ use anyhow::{Result, ensure};
 use reference::layer::Variant;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
-use tests::replay::{Replay, TOKENS_MAX};
+use tests::replay::{LayerReport, Replay, TOKENS_MAX};
 
 use self::system::System;
+
+/// What was played in one form of activations, by layer.
+type Played = (Variant, Vec<LayerReport>);
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Folder with model-nvfp4/ and recorded.safetensors, of the form of tests/data/tiny-kjv-moe.
     dir: PathBuf,
-    /// Seconds of replay, half of them for each activation format.
+    /// Seconds of replay, half of them for each activation format; half as many again while experts move, and after.
     #[arg(long, default_value_t = 20.0)]
     seconds: f64,
     /// Ends after the replay; otherwise everything stays up until Ctrl-C.
@@ -56,6 +60,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         played.push((variant, play::play(engines, &replay, seconds / 2.0, &mut out)?));
     }
     let balance = system.balance(&played)?;
+    let replay = Replay::open(&options.dir, played[0].0)?;
+    let more = rebalance::rebalance(&system, &replay, &played[0].1, seconds / 4.0, &mut out)?;
+    played.extend(more);
     table::write(&played, balance.as_ref(), &mut out)?;
     if !once {
         writeln!(out, "all stays up until Ctrl-C")?;

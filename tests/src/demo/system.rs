@@ -9,13 +9,14 @@ use reference::layer::Variant;
 use serde_json::{Value, json};
 use tests::control_process::Control;
 use tests::group::{Group, Spec};
-use tests::replay::LayerReport;
 use tests::worker_process::{Worker, until};
+
+use super::Played;
 
 const RANKS: u32 = 4;
 /// 36 slots for the 32 experts of a layer.
 const SLOTS_PER_RANK: &str = "9";
-const GROUP: &str = "/api/v1/groups/g";
+pub(super) const GROUP: &str = "/api/v1/groups/g";
 
 /// Workers, and control if it has any part in it.
 pub(super) enum System {
@@ -90,10 +91,7 @@ impl System {
     }
 
     /// What control says of all that was played, once it says that everything was counted.
-    pub(super) fn balance(
-        &self,
-        played: &[(Variant, Vec<LayerReport>)],
-    ) -> Result<Option<Balance>> {
+    pub(super) fn balance(&self, played: &[Played]) -> Result<Option<Balance>> {
         let Self::Whole { control, .. } = self else { return Ok(None) };
         let (status, closed) = control.post(&format!("{GROUP}/windows"), &json!({}))?;
         ensure!(status == 200 && closed["missing"] == json!([]), "{closed}");
@@ -117,6 +115,11 @@ impl System {
         let summary = format!("min {min:.3}, p50 {p50:.3}, p90 {p90:.3}, avg {avg:.3}");
         Ok(Some(Balance { layers, summary }))
     }
+}
+
+/// Whether every layer has in force what was committed last.
+pub(super) fn is_placed(control: &Control) -> Result<Option<()>> {
+    Ok(placed(control)?.map(|_| ()))
 }
 
 /// Epoch and slots of each layer, if all are in force as they were asked for.

@@ -3,14 +3,14 @@
 use std::io::Write;
 
 use anyhow::{Result, ensure};
-use reference::layer::Variant;
 use tests::replay::LayerReport;
 use tests::times::percentile;
 
+use super::Played;
 use super::system::Balance;
 
 pub(super) fn write(
-    played: &[(Variant, Vec<LayerReport>)],
+    played: &[Played],
     balance: Option<&Balance>,
     out: &mut impl Write,
 ) -> Result<()> {

@@ -103,6 +103,10 @@ fn run(command: Command) -> Result<bool> {
         Command::Ci => ci::run(),
         Command::Demo(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
+            // It ends with a proposal.
+            if !policies::run()? {
+                return Ok(false);
+            }
             let mut demo = std::process::Command::new(build::program("moeplane-cases")?);
             // In place of this program: Ctrl-C is for it alone.
             Err(demo.arg("demo").args(arguments).exec().into())
