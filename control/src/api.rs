@@ -14,6 +14,7 @@ mod metrics;
 mod placements;
 mod proposals;
 mod repeat;
+mod rollback;
 mod tag;
 mod tokens;
 mod views;
@@ -79,6 +80,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(balancing::balancing, balancing::set))
+        .routes(routes!(rollback::roll_back))
         .routes(routes!(exchange::export))
         .routes(routes!(exchange::import))
         .routes(routes!(windows::windows, windows::close))

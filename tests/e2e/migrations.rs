@@ -146,3 +146,54 @@ fn what_ranks_have_no_room_for_is_shown_and_the_next_takes_its_place() {
     let placement = commit(&control, 2, 9);
     assert_eq!(traffic.until_in_force(&control, 3)["in_force"]["phy2log"], placement);
 }
+
+fn roll_back(control: &Control, body: &Value) -> (u16, Value) {
+    control.post("/api/v1/groups/g/rollback", body).unwrap()
+}
+
+#[test]
+fn a_layer_goes_back_to_what_it_had_while_calls_go_on() {
+    let control = Control::start().unwrap();
+    let group = group(&control);
+    let mut traffic = Traffic::new(&group, 2);
+    let first = placed(&control)["in_force"]["phy2log"].clone();
+    commit(&control, 1, 9);
+    traffic.until_in_force(&control, 2);
+    let to = |layer: u32, epoch: u64| json!({ "layers": [{ "layer": layer, "epoch": epoch }] });
+    let (status, done) = roll_back(&control, &to(0, 1));
+    assert_eq!((status, &done), (200, &json!([{ "layer": 0, "epoch": 3, "changed": true }])));
+    let found = traffic.until_in_force(&control, 3);
+    assert_eq!(
+        (&found["in_force"]["phy2log"], &found["asked"]["source"]),
+        (&first, &json!("rollback"))
+    );
+    // What is the newest already stays, and what never was is named.
+    let (_, same) = roll_back(&control, &to(0, 3));
+    assert_eq!(same, json!([{ "layer": 0, "epoch": 3, "changed": false }]));
+    for (layer, epoch) in [(0, 9), (7, 1)] {
+        let (status, problem) = roll_back(&control, &to(layer, epoch));
+        assert_eq!(status, 409, "{problem}");
+        let expected = format!("layer {layer} has no committed epoch {epoch}");
+        assert_says(problem["title"].as_str().unwrap(), &[&expected]);
+    }
+}
+
+#[test]
+fn what_is_on_its_way_is_given_up() {
+    let control = Control::start().unwrap();
+    let group = group(&control);
+    let mut traffic = Traffic::new(&group, 2);
+    traffic.step();
+    let first = placed(&control)["in_force"]["phy2log"].clone();
+    // Ranks have no room for it, so that it would be on its way for ever.
+    commit(&control, 1, 8);
+    until("a problem", || Ok(placed(&control)["moving"][0]["problem"].is_string().then_some(())))
+        .unwrap();
+    let (status, done) = roll_back(&control, &json!({}));
+    assert_eq!((status, &done[0]["epoch"]), (200, &json!(3)));
+    let found = traffic.until_in_force(&control, 3);
+    assert_eq!(found["in_force"]["phy2log"], first);
+    let (_, log) = control.get("/api/v1/audit").unwrap();
+    assert_eq!(log["items"][0]["action"], "placements.rollback");
+    assert_eq!(log["items"][0]["before"], json!({ "epochs": [[0, 2]] }));
+}

@@ -201,6 +201,10 @@ fn the_command_shows_changes_and_moves() {
     let small = small.split_once(' ').unwrap().0;
     assert_says(&run(&["approve", small, "--reason", "quiet hour"]), &["approved by admin"]);
     assert_says(&run(&["placement", "--layer", "1"]), &["proposal", "default"]);
+    // In force is epoch 1: the approved one is given up.
+    let given_up = run(&["rollback", "--reason", "not now"]);
+    assert_says(&given_up, &["LAYER", "EPOCH", "CHANGED", "3", "true"]);
+    assert_says(&run(&["placement", "--layer", "1"]), &["rollback", "proposal", "default"]);
     assert_says(&run(&["balancing"]), &["manual", "greedy_swap", "60"]);
     let auto = ["balancing", "--mode", "auto", "--approve-moved", "7", "--approve-bytes", "9"];
     let auto = [&auto[..], &["--every-s", "3600", "--reason", "nights"]].concat();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, Failed, path};
 use crate::table::{self, Column};
-use crate::{Balancing, Command, Decide, Format, Group, Propose, Token};
+use crate::{Balancing, Command, Decide, Format, Group, Propose, Rollback, Token};
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
 struct Shown<'a, W> {
@@ -67,17 +67,10 @@ pub(crate) fn run(
         Command::Balancing(balancing) => shown.balancing(balancing),
         Command::Approve(decide) => shown.decide(decide, "approve"),
         Command::Reject(decide) => shown.decide(decide, "reject"),
+        Command::Rollback(rollback) => shown.roll_back(rollback),
         Command::Import { file, group, format, dry_run, reason } => {
-            let text = match fs::read_to_string(&file) {
-                Ok(text) => text,
-                Err(source) => return Err(Failed::Read { path: file, source }),
-            };
             let group = shown.group(group)?;
-            let body = json!({
-                "format": format.name(), "text": text, "dry_run": dry_run, "reason": reason,
-            });
-            let layers = shown.client.post(&path(&["groups", &group, "import"]), &body)?;
-            shown.list(&layers, IMPORTED, "no layers")
+            shown.import(&group, file, (format, dry_run), &reason)
         }
         Command::Export { group, format, out } => {
             let group = shown.group(group)?;
@@ -339,6 +332,36 @@ impl<W: Write> Shown<'_, W> {
         let body = json!({ "ask": ask, "reason": reason });
         let made = self.client.post(&path(&["groups", &group, "proposals"]), &body)?;
         self.proposal(&made)
+    }
+
+    fn roll_back(&mut self, rollback: Rollback) -> Result<(), Failed> {
+        let Rollback { group, layer, epoch, reason } = rollback;
+        let group = self.group(group)?;
+        let to = layer.zip(epoch).map(|(layer, epoch)| json!({ "layer": layer, "epoch": epoch }));
+        let body = match to {
+            Some(to) => json!({ "layers": [to], "reason": reason }),
+            None => json!({ "reason": reason }),
+        };
+        let layers = self.client.post(&path(&["groups", &group, "rollback"]), &body)?;
+        self.list(&layers, IMPORTED, "no layers")
+    }
+
+    fn import(
+        &mut self,
+        group: &str,
+        file: PathBuf,
+        (format, dry_run): (Format, bool),
+        reason: &str,
+    ) -> Result<(), Failed> {
+        let text = match fs::read_to_string(&file) {
+            Ok(text) => text,
+            Err(source) => return Err(Failed::Read { path: file, source }),
+        };
+        let body = json!({
+            "format": format.name(), "text": text, "dry_run": dry_run, "reason": reason,
+        });
+        let layers = self.client.post(&path(&["groups", group, "import"]), &body)?;
+        self.list(&layers, IMPORTED, "no layers")
     }
 
     fn balancing(&mut self, given: Balancing) -> Result<(), Failed> {

@@ -118,6 +118,9 @@ enum Command {
     Approve(Decide),
     /// Rejects a proposal.
     Reject(Decide),
+    /// Gives up what is on its way: every layer keeps what is in force. With --layer and --epoch that layer goes back to a
+    /// placement that it had.
+    Rollback(Rollback),
     /// Takes placements of another engine over; ranks take them up, while calls go on where they can.
     Import {
         /// The file.
@@ -222,6 +225,21 @@ struct Balancing {
     /// Kept in the audit log.
     #[arg(long)]
     reason: Option<String>,
+}
+
+#[derive(Args)]
+struct Rollback {
+    #[command(flatten)]
+    group: Group,
+    /// The layer.
+    #[arg(long, requires = "epoch")]
+    layer: Option<u32>,
+    /// The epoch of the placement.
+    #[arg(long, requires = "layer")]
+    epoch: Option<u64>,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: String,
 }
 
 #[derive(Args)]

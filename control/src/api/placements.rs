@@ -84,7 +84,7 @@ impl PlacedView {
 pub(super) struct CommittedView {
     #[serde(flatten)]
     placed: PlacedView,
-    /// What it comes from: `default` (experts in order), `file`, `import` or `proposal`.
+    /// What it comes from: `default` (experts in order), `file`, `import`, `proposal` or `rollback`.
     source: String,
     /// The proposal that it was made by.
     proposal: Option<String>,

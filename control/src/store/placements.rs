@@ -18,6 +18,7 @@ const DEFAULT: &str = "default";
 const FILE: &str = "file";
 const IMPORT: &str = "import";
 const PROPOSAL: &str = "proposal";
+const ROLLBACK: &str = "rollback";
 
 /// What a placement was made from.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +31,8 @@ enum Source<'a> {
     Import,
     /// A proposal, by its name.
     Proposal(&'a str),
+    /// An earlier epoch.
+    Rollback,
 }
 
 impl<'a> Source<'a> {
@@ -40,6 +43,7 @@ impl<'a> Source<'a> {
             Self::File(digest) => (FILE, Some(digest), None),
             Self::Import => (IMPORT, None, None),
             Self::Proposal(id) => (PROPOSAL, None, Some(id)),
+            Self::Rollback => (ROLLBACK, None, None),
         }
     }
 }
@@ -80,6 +84,17 @@ pub(crate) enum PlaceError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Misfit(#[from] Misfit),
+}
+
+/// Why nothing is rolled back.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RollbackError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("layer {layer} has no committed epoch {epoch}")]
+    NoEpoch { layer: u32, epoch: u64 },
+    #[error("epoch {epoch} of layer {layer} does not fit its workers any more")]
+    Misfit { layer: u32, epoch: u64 },
 }
 
 #[derive(FromRow)]
@@ -187,6 +202,48 @@ impl Store {
         Ok(imported)
     }
 
+    /// Commits placements that layers had before, under new epochs; a layer whose newest placement is the same keeps it.
+    pub(crate) async fn roll_back(
+        &self,
+        of: &Register,
+        to: &[(u32, u64)],
+        entry: Entry<'_>,
+    ) -> Result<Vec<Imported>, RollbackError> {
+        let begun = self.pool.begin_with("BEGIN IMMEDIATE").await;
+        let mut transaction = begun.map_err(StoreError::from)?;
+        let newest = newest(&mut transaction, &of.group, &of.model.digest).await?;
+        let (mut done, mut before) = (Vec::new(), Vec::new());
+        for &(layer, epoch) in to {
+            let none = RollbackError::NoEpoch { layer, epoch };
+            let known = newest.iter().find(|committed| committed.layer == layer);
+            let (Some(known), Some(row)) =
+                (known, epoch_of(&mut transaction, of, (layer, epoch)).await?)
+            else {
+                return Err(none);
+            };
+            let placement = Committed::try_from(row)?.placement;
+            let mut layers = of.model.layers.iter().zip(rooms(of));
+            let served = layers.find(|(served, _)| served.number == layer);
+            if !served.is_some_and(|(served, room)| fits(of, served, room, &placement)) {
+                return Err(RollbackError::Misfit { layer, epoch });
+            }
+            let changed = placement != known.placement;
+            let epoch = known.epoch + u64::from(changed);
+            if changed {
+                let placed = LayerPlacement { layer, epoch, placement };
+                commit(&mut transaction, of, &placed, (Source::Rollback, entry.at_ms)).await?;
+                before.push((layer, known.epoch));
+            }
+            done.push(Imported { layer, epoch, changed });
+        }
+        let of_changed = done.iter().filter(|layer| layer.changed);
+        let after: Vec<_> = of_changed.map(|layer| (layer.layer, layer.epoch)).collect();
+        let [before, after] = [json!({ "epochs": before }), json!({ "epochs": after, "to": to })];
+        audit::write(&mut transaction, entry.of(&of.group).changed(&before, &after)).await?;
+        self.commit(transaction).await?;
+        Ok(done)
+    }
+
     /// The newest placement of every layer.
     pub(crate) async fn placements(
         &self,
@@ -234,6 +291,20 @@ async fn newest(
     .fetch_all(connection)
     .await?;
     rows.into_iter().map(Committed::try_from).collect()
+}
+
+/// One committed placement.
+async fn epoch_of(
+    connection: &mut SqliteConnection,
+    of: &Register,
+    (layer, epoch): (u32, u64),
+) -> Result<Option<Row>, StoreError> {
+    let row = sqlx::query_as(
+        "SELECT layer, epoch, placement, source, proposal, made_ms FROM placements
+         WHERE group_name = ?1 AND model = ?2 AND layer = ?3 AND epoch = ?4",
+    );
+    let row = row.bind(&of.group).bind(&of.model.digest).bind(layer);
+    Ok(row.bind(i64::try_from(epoch).unwrap_or(i64::MAX)).fetch_optional(connection).await?)
 }
 
 /// The newest committed epoch of each layer.
