@@ -4,10 +4,12 @@
 //!
 //! ```text
 //! all hold E, E' is committed  ->  Stage E' to whoever has not
-//! all have staged E'           ->  Ready E' to all
+//! all have staged E'           ->  Ready E' to all, if those who have an expert have the same of it
 //! one is ready for E', or has it in force  ->  there is no way back: Ready E' to the others, too
 //! all hold E'                  ->  nothing
 //! ```
+
+use std::collections::BTreeMap;
 
 use protocol::session::{FromControl, LayerPlacement, LayerStaging};
 
@@ -40,6 +42,31 @@ impl RankLayer {
     }
 }
 
+/// Two ranks that have an expert of a layer, and not the same of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expert {expert} is not the same on rank {second} as on rank {first}")]
+pub(crate) struct Disagreement {
+    pub(crate) expert: u32,
+    pub(crate) first: u32,
+    pub(crate) second: u32,
+}
+
+/// Whether ranks that have staged `epoch` disagree about what an expert is.
+pub(crate) fn disagreement(ranks: &[RankLayer], epoch: u64) -> Option<Disagreement> {
+    let mut known: BTreeMap<u32, (u32, u64)> = BTreeMap::new();
+    let staged = (0..).zip(ranks).filter_map(|(rank, of)| Some((rank, of.staging.as_ref()?)));
+    let of_epoch = staged.filter(|(_, staging)| staging.epoch == epoch);
+    let digests =
+        of_epoch.flat_map(|(rank, staging)| staging.digests.iter().map(move |d| (rank, d)));
+    for (second, &(expert, digest)) in digests {
+        let (first, before) = *known.entry(expert).or_insert((second, digest));
+        if before != digest {
+            return Some(Disagreement { expert, first, second });
+        }
+    }
+    None
+}
+
 fn ready(committed: &[LayerPlacement], epoch: u64) -> Option<FromControl> {
     committed.first().map(|placed| FromControl::Ready { layer: placed.layer, epoch })
 }
@@ -65,6 +92,9 @@ pub(crate) fn orders(ranks: &[RankLayer], committed: &[LayerPlacement]) -> Vec<(
         .filter(|(_, rank)| !rank.has_staged(newest.epoch))
         .map(|(number, _)| number)
         .collect();
+    if lack.is_empty() && disagreement(ranks, newest.epoch).is_some() {
+        return Vec::new();
+    }
     if lack.is_empty() {
         let order = FromControl::Ready { layer: newest.layer, epoch: newest.epoch };
         return numbered.map(|(number, _)| (number, order.clone())).collect();
@@ -89,10 +119,10 @@ mod tests {
     }
 
     fn staging(held: u64, epoch: u64, (staged, ready): (bool, bool)) -> RankLayer {
-        let (layer, left, problem) = (3, u64::from(!staged), None);
+        let (layer, left, digests, problem) = (3, u64::from(!staged), Vec::new(), None);
         RankLayer {
             held,
-            staging: Some(LayerStaging { layer, epoch, left, staged, ready, problem }),
+            staging: Some(LayerStaging { layer, epoch, left, staged, ready, digests, problem }),
         }
     }
 
@@ -122,6 +152,26 @@ mod tests {
         assert_eq!(told(&[has.clone(), failed], &[2]), ["1 stage 2"]);
         // Another is committed meanwhile: the one that is staged is not wanted any more.
         assert_eq!(told(&[has.clone(), has], &[3, 2]), ["0 stage 3", "1 stage 3"]);
+    }
+
+    /// A rank with other weights is never in force.
+    #[test]
+    fn nobody_is_ready_while_an_expert_is_not_the_same_everywhere() {
+        let has = |digests: &[(u32, u64)]| {
+            let mut rank = staging(1, 2, (true, false));
+            rank.staging.as_mut().unwrap().digests = digests.to_vec();
+            rank
+        };
+        let none: [&str; 0] = [];
+        let other = [has(&[(0, 7), (1, 8)]), has(&[(1, 9), (2, 5)])];
+        assert_eq!(told(&other, &[2]), none);
+        let found = disagreement(&other, 2).unwrap();
+        assert_eq!(found, Disagreement { expert: 1, first: 0, second: 1 });
+        assert_eq!(found.to_string(), "expert 1 is not the same on rank 1 as on rank 0");
+        let same = [has(&[(0, 7), (1, 8)]), has(&[(1, 8), (2, 5)])];
+        assert_eq!(told(&same, &[2]), ["0 ready 2", "1 ready 2"]);
+        // Another may take its place.
+        assert_eq!(told(&other, &[3, 2]), ["0 stage 3", "1 stage 3"]);
     }
 
     #[test]

@@ -1,10 +1,14 @@
 //! Placements that change while calls go on: real workers, real traffic, every answer the same to the bit.
 
+use std::time::Duration;
+
 use protocol::client::Engine;
+use protocol::session::{FromControl, FromWorker, LayerStaging, Register};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tests::case::Case;
 use tests::control_process::Control;
+use tests::fake_worker::{FakeWorker, register};
 use tests::group::{Group, Spec, call_all, random_placement, uneven};
 use tests::random::Random;
 use tests::worker_process::until;
@@ -196,4 +200,41 @@ fn what_is_on_its_way_is_given_up() {
     let (_, log) = control.get("/api/v1/audit").unwrap();
     assert_eq!(log["items"][0]["action"], "placements.rollback");
     assert_eq!(log["items"][0]["before"], json!({ "epochs": [[0, 2]] }));
+}
+
+/// Made-up ranks: one says that an expert is not in its memory what it is in the other's.
+#[test]
+fn nobody_flips_before_all_have_the_same_experts() {
+    let control = Control::start_patient().unwrap();
+    let rank = |rank| {
+        let register = Register { asks: true, stages: true, ..register(("g", rank, 2), 1, 4) };
+        let (mut worker, _) = FakeWorker::dial(&control, register).unwrap();
+        worker.hold_what_is_told().unwrap();
+        worker
+    };
+    let mut ranks: Vec<FakeWorker> = (0..2).map(rank).collect();
+    until("a placement in force", || Ok(placed(&control)["in_force"].is_object().then_some(())))
+        .unwrap();
+    let body = json!({ "format": "deepseek", "text": "[[2,0,1,3]]" });
+    assert_eq!(control.post("/api/v1/groups/g/import", &body).unwrap().0, 200);
+    let say = |rank: &mut FakeWorker, digests: &[(u32, u64)]| {
+        let (layer, epoch, left, problem, digests) = (0, 2, 0, None, digests.to_vec());
+        let staging =
+            LayerStaging { layer, epoch, left, staged: true, ready: false, digests, problem };
+        rank.say(&FromWorker::Staging { layers: vec![staging] }).unwrap();
+    };
+    assert!(matches!(ranks[0].hear().unwrap(), FromControl::Stage { .. }));
+    say(&mut ranks[0], &[(0, 5), (1, 6), (2, 7)]);
+    say(&mut ranks[1], &[(1, 6), (2, 8), (3, 9)]);
+    until("a problem", || Ok(placed(&control)["moving"][1]["problem"].is_string().then_some(())))
+        .unwrap();
+    let expected = "expert 2 is not the same on rank 1 as on rank 0";
+    assert_says(placed(&control)["moving"][1]["problem"].as_str().unwrap(), &[expected]);
+    // Orders to stage may have been on their way before they were heard.
+    let heard = |rank: &mut FakeWorker| rank.hear_within(Duration::from_millis(600)).unwrap();
+    while let Some(order) = heard(&mut ranks[0]) {
+        assert!(matches!(order, FromControl::Stage { .. }), "{order:?}");
+    }
+    say(&mut ranks[1], &[(1, 6), (2, 7), (3, 9)]);
+    assert_eq!(ranks[0].hear().unwrap(), FromControl::Ready { layer: 0, epoch: 2 });
 }

@@ -74,6 +74,7 @@ struct Done {
     layer: u32,
     epoch: u64,
     staged: Result<Option<Staged>, LoadError>,
+    digests: Vec<(u32, u64)>,
 }
 
 /// A layer for which another placement is on its way.
@@ -83,6 +84,7 @@ struct Pending {
     left: Arc<AtomicU64>,
     staged: bool,
     ready: bool,
+    digests: Vec<(u32, u64)>,
     /// Why it does not come to be, and when that was found.
     problem: Option<(String, Instant)>,
 }
@@ -219,9 +221,10 @@ impl Migrate {
         // Another is not wanted any more, unless it is ready.
         device.drop_staged(layer)?;
         let left = Arc::new(AtomicU64::new(0));
-        let (staged, ready, problem) = (false, false, None);
+        let (staged, ready, digests, problem) = (false, false, Vec::new(), None);
         let wanted = self.placements.slots_with(&placement, self.rank);
-        let pending = Pending { placement, left: Arc::clone(&left), staged, ready, problem };
+        let pending =
+            Pending { placement, left: Arc::clone(&left), staged, ready, digests, problem };
         self.pending.insert(layer, pending);
         let wanted = wanted.map_err(|error| {
             let source = error.source().map_or_else(String::new, |source| format!(": {source}"));
@@ -242,7 +245,7 @@ impl Migrate {
         let device = device.placed().ok_or(OrderError::Device)?;
         let Some(staged) = done.staged? else { return Ok(()) };
         device.take_staged(staged)?;
-        pending.staged = true;
+        (pending.staged, pending.digests) = (true, done.digests);
         Ok(())
     }
 
@@ -264,6 +267,7 @@ impl Migrate {
             left: pending.left.load(Ordering::Relaxed),
             staged: pending.staged,
             ready: pending.ready,
+            digests: pending.digests.clone(),
             problem: pending.problem.as_ref().map(|(problem, _)| problem.clone()),
         };
         self.pulse.set_staging(self.pending.iter().map(of).collect());
@@ -278,11 +282,13 @@ fn stage(checkpoint: &Checkpoint, job: Job) -> Done {
     while stager.left() > 0 {
         match stager.step(checkpoint) {
             Ok(more) => bytes += more.unwrap_or(0),
-            Err(error) => return Done { layer, epoch, staged: Err(error) },
+            Err(error) => {
+                return Done { layer, epoch, staged: Err(error), digests: Vec::new() };
+            }
         }
         left.store(stager.left() as u64, Ordering::Relaxed);
         let due = Duration::from_secs_f64(bytes as f64 / STAGE_BYTES_PER_SECOND);
         thread::sleep(due.saturating_sub(began.elapsed()));
     }
-    Done { layer, epoch, staged: Ok(stager.staged()) }
+    Done { layer, epoch, staged: Ok(stager.staged()), digests: stager.digests() }
 }

@@ -17,6 +17,7 @@ use super::error::{ApiError, Problem};
 use super::tag::tagged;
 use super::views::Page;
 use crate::fleet::Worker;
+use crate::migrating::disagreement;
 use crate::state::{Shared, now_ms};
 use crate::store::placements::Committed;
 
@@ -55,9 +56,9 @@ pub(super) struct MovingView {
 }
 
 impl MovingView {
-    fn new(rank: u32, staging: &LayerStaging) -> Self {
+    fn new(rank: u32, staging: &LayerStaging, differs: Option<String>) -> Self {
         let LayerStaging { epoch, left, staged, ready, ref problem, .. } = *staging;
-        Self { rank, epoch, left, staged, ready, problem: problem.clone() }
+        Self { rank, epoch, left, staged, ready, problem: problem.clone().or(differs) }
     }
 }
 
@@ -162,6 +163,7 @@ async fn views(
     let fleet = state.fleet();
     let (now_ms, patience_ms) = (now_ms(), state.patience_ms());
     let in_force = fleet.in_force(group, now_ms, patience_ms);
+    let staged = fleet.staging(group, now_ms, patience_ms);
     let wanted = register.model.layers.iter().enumerate();
     let wanted = wanted.filter(|(_, layer)| only.is_none_or(|only| layer.number == only));
     let view = |(at, layer): (usize, &ServedLayer)| {
@@ -183,7 +185,12 @@ async fn views(
             let staging = worker.staging().iter().find(|staging| staging.layer == layer.number);
             // What is in force is told before that it is not on its way any more.
             let staging = staging.filter(|staging| held.is_none_or(|held| held < staging.epoch));
-            staging.map(|staging| MovingView::new(*rank, staging))
+            let differs = staging.and_then(|staging| {
+                let ranks = &staged.as_ref()?.iter().find(|(of, _)| *of == layer.number)?.1;
+                let found = disagreement(ranks, staging.epoch)?;
+                (found.second == *rank).then(|| found.to_string())
+            });
+            staging.map(|staging| MovingView::new(*rank, staging, differs))
         };
         PlacementView {
             layer: layer.number,

@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapMut, MmapOptions};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::layout;
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -23,6 +24,8 @@ pub(super) struct Slot {
     pub(super) expert: u32,
     pub(super) bytes: MmapMut,
     pub(super) scalars: RawScalars,
+    /// XXH3 of the bytes as they lie in memory, and of the scalars: equal wherever the expert is.
+    digest: u64,
 }
 
 impl Slot {
@@ -41,7 +44,13 @@ impl Slot {
         let raw = checkpoint.expert(position, expert)?;
         let mut bytes = slot_memory(layout::expert_bytes(&layer.shape))?;
         layout::derive(&raw, &mut bytes);
-        Ok(Self { expert, bytes, scalars: raw.scalars() })
+        let scalars = raw.scalars();
+        let mut digest = Xxh3::new();
+        digest.update(&bytes);
+        for scalar in scalars.weight_scale_2.into_iter().chain(scalars.in2) {
+            digest.update(&scalar.to_bits().to_le_bytes());
+        }
+        Ok(Self { expert, bytes, scalars, digest: digest.digest() })
     }
 }
 
@@ -217,6 +226,15 @@ impl Stager {
         self.have.push(Arc::new(slot));
         self.lacking.pop();
         Ok(Some(bytes))
+    }
+
+    /// Every expert that is held or was derived, ascending, with a digest of what it is in memory: equal on all ranks.
+    #[must_use]
+    pub fn digests(&self) -> Vec<(u32, u64)> {
+        let mut all: Vec<_> = self.have.iter().map(|slot| (slot.expert, slot.digest)).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     /// What is staged; none while an expert is still to be derived.

@@ -176,6 +176,10 @@ pub struct LayerStaging {
     pub staged: bool,
     /// Whether it is to be in force.
     pub ready: bool,
+    /// Once it is at hand, every expert that the rank has of the layer, with a digest of what it is in memory. Equal on all
+    /// ranks, or somebody has other weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub digests: Vec<(u32, u64)>,
     /// Why it does not come to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
