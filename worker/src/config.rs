@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::thread::available_parallelism;
 
 use kernels::cpu::{CpuOptions, CpuTactic, Isa};
-use kernels::cuda::{CudaOptions, default_cache};
+use kernels::cuda::{CudaOptions, CudaTactic, default_cache};
 use kernels::heap::RANKS_MAX;
 use kernels::heap::shm::default_folder;
 use serde::{Deserialize, Serialize};
@@ -349,10 +349,20 @@ impl GroupSettings {
 
 impl DeviceConfig {
     /// The options of the CUDA device.
-    #[must_use]
-    pub fn cuda(&self) -> CudaOptions {
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for a tactic that does not exist.
+    pub fn cuda(&self) -> Result<CudaOptions, ConfigError> {
         let cache = self.cubin_cache.clone().unwrap_or_else(default_cache);
-        CudaOptions { gpu: self.gpu, cache, every_lane_arrives: false, tactic: None }
+        let named = |name: &String| {
+            CudaTactic::named(name).ok_or_else(|| ConfigError::Value {
+                key: "device.tactic",
+                value: name.clone(),
+                expected: format!("one of {}", CudaTactic::ALL.map(CudaTactic::name).join(", ")),
+            })
+        };
+        let tactic = self.tactic.as_ref().map(named).transpose()?;
+        Ok(CudaOptions { gpu: self.gpu, cache, every_lane_arrives: false, tactic })
     }
 
     /// The options of the CPU device, on a host that `ranks` ranks share.
@@ -367,7 +377,8 @@ impl DeviceConfig {
                 expected: "a name like avx512-t12-p256".to_owned(),
             })
         };
-        let tactic = self.tactic.as_ref().map(parse).transpose()?;
+        let own = self.tactic.as_ref().filter(|_| self.kind == DeviceKind::Cpu);
+        let tactic = own.map(parse).transpose()?;
         let cores = available_parallelism().map_or(1, NonZero::get);
         let share = (cores / ranks.max(1) as usize).max(1);
         let threads = if self.threads == 0 { share } else { self.threads };
@@ -443,5 +454,14 @@ mod tests {
         let device = DeviceConfig { tactic: Some("fast".to_owned()), ..DeviceConfig::default() };
         let error = device.cpu(1).unwrap_err().to_string();
         assert_eq!(error, "device.tactic is fast, expected a name like avx512-t12-p256");
+        let cuda = |tactic: &str| DeviceConfig {
+            tactic: Some(tactic.to_owned()),
+            kind: DeviceKind::Cuda,
+            ..DeviceConfig::default()
+        };
+        let error = cuda("fast").cuda().unwrap_err().to_string();
+        assert_eq!(error, "device.tactic is fast, expected one of streamed, narrow, wide");
+        assert_eq!(cuda("wide").cuda().unwrap().tactic, Some(CudaTactic::Wide));
+        assert_eq!(cuda("wide").cpu(1).unwrap().tactic, None);
     }
 }

@@ -100,7 +100,7 @@ impl Rank {
                 known.alone(Box::new(CpuDevice::alone(options, &checkpoint, max_tokens)?))?
             }
             (None, DeviceKind::Cuda) => {
-                known.alone(Box::new(CudaDevice::alone(&config.device.cuda(), &checkpoint)?))?
+                known.alone(Box::new(CudaDevice::alone(&config.device.cuda()?, &checkpoint)?))?
             }
             (Some(group), _) => known.in_group(group, options)?,
         };
