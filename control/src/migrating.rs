@@ -26,6 +26,11 @@ impl RankLayer {
         self.staging.as_ref().is_some_and(|s| s.epoch == epoch && s.staged && s.problem.is_none())
     }
 
+    /// Whether it says that it stages `epoch`, or has.
+    fn works_at(&self, epoch: u64) -> bool {
+        self.staging.as_ref().is_some_and(|s| s.epoch == epoch && s.problem.is_none())
+    }
+
     fn is_ready(&self) -> Option<u64> {
         self.staging.as_ref().filter(|staging| staging.ready).map(|staging| staging.epoch)
     }
@@ -35,10 +40,14 @@ impl RankLayer {
         if self.held >= wanted || self.is_ready() == Some(wanted) {
             return None;
         }
-        self.has_staged(wanted).then(|| ready(committed, wanted)).flatten().or_else(|| {
-            let placement = committed.iter().find(|placed| placed.epoch == wanted)?.clone();
-            Some(FromControl::Stage { placement })
-        })
+        if self.has_staged(wanted) {
+            return ready(committed, wanted);
+        }
+        if self.works_at(wanted) {
+            return None;
+        }
+        let placement = committed.iter().find(|placed| placed.epoch == wanted)?.clone();
+        Some(FromControl::Stage { placement })
     }
 }
 
@@ -87,20 +96,16 @@ pub(crate) fn orders(ranks: &[RankLayer], committed: &[LayerPlacement]) -> Vec<(
     if newest.epoch <= ahead {
         return Vec::new();
     }
-    let lack: Vec<u32> = numbered
-        .clone()
-        .filter(|(_, rank)| !rank.has_staged(newest.epoch))
-        .map(|(number, _)| number)
-        .collect();
-    if lack.is_empty() && disagreement(ranks, newest.epoch).is_some() {
-        return Vec::new();
-    }
-    if lack.is_empty() {
+    if ranks.iter().all(|rank| rank.has_staged(newest.epoch)) {
+        if disagreement(ranks, newest.epoch).is_some() {
+            return Vec::new();
+        }
         let order = FromControl::Ready { layer: newest.layer, epoch: newest.epoch };
         return numbered.map(|(number, _)| (number, order.clone())).collect();
     }
     let order = FromControl::Stage { placement: newest.clone() };
-    lack.into_iter().map(|number| (number, order.clone())).collect()
+    let idle = numbered.filter(|(_, rank)| !rank.works_at(newest.epoch));
+    idle.map(|(number, _)| (number, order.clone())).collect()
 }
 
 #[cfg(test)]
@@ -145,7 +150,8 @@ mod tests {
         let works = staging(1, 2, (false, false));
         let has = staging(1, 2, (true, false));
         // Who has not told that it works may not have heard.
-        assert_eq!(told(&[has.clone(), works], &[2]), ["1 stage 2"]);
+        assert_eq!(told(&[has.clone(), works], &[2]), none);
+        assert_eq!(told(&[has.clone(), holds(1)], &[2]), ["1 stage 2"]);
         assert_eq!(told(&[has.clone(), has.clone()], &[2]), ["0 ready 2", "1 ready 2"]);
         let mut failed = has.clone();
         failed.staging.as_mut().unwrap().problem = Some("no memory".to_owned());
