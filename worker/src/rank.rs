@@ -339,9 +339,6 @@ impl Rank {
         {
             ran = Err(Failed::Together(error));
         }
-        if let Some(migrate) = &mut self.migrate {
-            migrate.after_call(&mut *self.device);
-        }
         if let Err(Failed::Together(CallError::Group(error))) = &ran {
             tracing::warn!(%error, "a call was given up");
         }
@@ -374,6 +371,10 @@ impl Rank {
             }
             let with = "a call of this engine, whose answer is to be awaited".to_owned();
             connection.refuse(&Refusal::Busy { with }, seq);
+        }
+        // Once the engine has its answer: this may write a file.
+        if let Some(migrate) = &mut self.migrate {
+            migrate.after_call(&mut *self.device);
         }
         Ok(())
     }
