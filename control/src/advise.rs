@@ -31,7 +31,7 @@ pub(crate) async fn run(state: Shared) {
     let mut time = tokio::time::interval(std::time::Duration::from_millis(SETTLED_TICK_MS));
     loop {
         time.tick().await;
-        match state.store.all_balancing().await {
+        match state.store.all_settings().await {
             Ok(all) => look_after(&state, all).await,
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "nobody is advised");
@@ -61,7 +61,7 @@ async fn look_after(state: &State, all: BTreeMap<String, Balancing>) {
             }
         };
         // Whoever has changed how the group is balanced meanwhile wants to be advised anew.
-        if state.store.balancing(&group).await.is_ok_and(|now| now != balancing) {
+        if state.store.setting(&group).await.is_ok_and(|now: Balancing| now != balancing) {
             continue;
         }
         let (asked_ms, window_end_ms) = (Some(now_ms), Some(window_end_ms));

@@ -11,6 +11,7 @@ mod events;
 mod exchange;
 mod gate;
 mod metrics;
+mod migration;
 mod placements;
 mod proposals;
 mod repeat;
@@ -80,6 +81,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(balancing::balancing, balancing::set))
+        .routes(routes!(migration::migration, migration::set_pace))
         .routes(routes!(rollback::roll_back))
         .routes(routes!(exchange::export))
         .routes(routes!(exchange::import))

@@ -36,6 +36,15 @@ pub(crate) enum Refusal {
     Older { group: String, rank: u32 },
 }
 
+/// Why nothing moves in a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Still {
+    #[error("rank {rank} is missing or loading")]
+    Missing { rank: u32 },
+    #[error("rank {rank} takes another placement up at its next start only")]
+    UntilStart { rank: u32 },
+}
+
 /// One rank.
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -49,6 +58,8 @@ pub(crate) struct Worker {
     holds: bool,
     /// What it says is on its way.
     staging: Vec<LayerStaging>,
+    /// How fast it copies at most, if it has said so.
+    throttle: Option<u64>,
     /// The session that speaks for it, by number, and how to have it do something.
     session: Option<(u64, mpsc::Sender<Command>)>,
     /// Whether its registration is in the store: nothing is shown that a restart would forget.
@@ -139,6 +150,7 @@ impl Fleet {
             placements: None,
             holds: false,
             staging: Vec::new(),
+            throttle: None,
             session: None,
             kept: true,
         };
@@ -180,6 +192,7 @@ impl Fleet {
             placements: None,
             holds: false,
             staging: Vec::new(),
+            throttle: None,
             session: Some((session, command)),
             kept: false,
         };
@@ -241,29 +254,45 @@ impl Fleet {
     }
 
     /// A worker says what is on its way to other placements.
-    pub(crate) fn stage(&mut self, of: &Register, session: u64, staging: Vec<LayerStaging>) {
+    pub(crate) fn stage(
+        &mut self,
+        of: &Register,
+        session: u64,
+        (staging, throttle): (Vec<LayerStaging>, Option<u64>),
+    ) {
         if let Some(worker) = self.of_session(of, session) {
-            worker.staging = staging;
+            (worker.staging, worker.throttle) = (staging, throttle);
         }
     }
 
-    /// What every rank of a group says of each layer; none while one is missing or loading, or cannot hold another
-    /// placement before its next start.
+    /// Ranks of a group that keep to another throttle than this.
+    pub(crate) fn throttled_otherwise(&self, group: &str, bytes_per_second: u64) -> Vec<u32> {
+        let workers = self.groups.get(group).into_iter().flatten();
+        let otherwise =
+            workers.filter(|(_, worker)| worker.throttle.is_some_and(|is| is != bytes_per_second));
+        otherwise.map(|(rank, _)| *rank).collect()
+    }
+
+    /// What every rank of a group says of each layer, or of `only` one.
     pub(crate) fn staging(
         &self,
         group: &str,
+        only: Option<u32>,
         now_ms: u64,
         patience_ms: u64,
-    ) -> Option<Vec<(u32, Vec<RankLayer>)>> {
-        let group = self.groups.get(group)?;
-        let ranks = group.values().next()?.register.ranks;
-        let workers: Vec<(&Worker, &[LayerPlacement])> = (0..ranks)
+    ) -> Result<Vec<(u32, Vec<RankLayer>)>, Still> {
+        let ranks = self.groups.get(group);
+        let count = ranks.and_then(|ranks| ranks.values().next()).map(|w| w.register.ranks);
+        let workers: Vec<(&Worker, &[LayerPlacement])> = (0..count.unwrap_or(0))
             .map(|rank| {
-                let worker = group.get(&rank).filter(|worker| worker.register.stages)?;
-                Some((worker, worker.held(now_ms, patience_ms)?))
+                let worker = ranks.and_then(|ranks| ranks.get(&rank));
+                let held = worker.and_then(|worker| worker.held(now_ms, patience_ms));
+                let (worker, held) = worker.zip(held).ok_or(Still::Missing { rank })?;
+                worker.register.stages.then_some((worker, held)).ok_or(Still::UntilStart { rank })
             })
-            .collect::<Option<_>>()?;
-        let layers = workers.first()?.1.iter().enumerate();
+            .collect::<Result<_, _>>()?;
+        let layers = workers.first().map_or(&[][..], |(_, held)| held).iter().enumerate();
+        let layers = layers.filter(|(_, placed)| only.is_none_or(|only| placed.layer == only));
         let of_layer = |(at, placed): (usize, &LayerPlacement)| {
             let of_rank = |(worker, held): &(&Worker, &[LayerPlacement])| {
                 let staging = worker.staging.iter().find(|staging| staging.layer == placed.layer);
@@ -271,7 +300,7 @@ impl Fleet {
             };
             Some((placed.layer, workers.iter().map(of_rank).collect::<Option<_>>()?))
         };
-        layers.map(of_layer).collect()
+        Ok(layers.filter_map(of_layer).collect())
     }
 
     /// Has the session of a rank do something.
@@ -516,7 +545,7 @@ pub(crate) mod tests {
             fleet.admit(&other, 0, PATIENCE).unwrap_err().to_string()
         };
         let cases: [(Change, &str); 7] = [
-            (|r| r.version = 9, "session version is 9, expected 1 to 3"),
+            (|r| r.version = 9, "session version is 9, expected 1 to 4"),
             (|r| r.group = "a/b".to_owned(), "the group's name is a/b, expected 1 to 64 letters"),
             (|r| r.ranks = 0, "ranks is 0, expected 1 to 1024"),
             (|r| r.rank = 2, "rank is 2, expected 0 to 1"),

@@ -20,6 +20,7 @@ mod fleet;
 pub mod limits;
 mod migrate;
 mod migrating;
+mod motion;
 mod placing;
 mod policies;
 mod propose;

@@ -127,8 +127,23 @@ pub const PROPOSAL_SECONDS_MAX: u64 = 7 * 86_400;
 /// Proposals among which control looks for one that says the same: those of an hour in which it asks each minute.
 pub const OPEN_PROPOSALS_LOOKED_AT: usize = 60;
 
-/// How often control looks whether ranks are to be told something about placements.
-pub const MIGRATE_TICK_MS: u64 = 200;
+/// How often control looks at least whether ranks are to be told something about placements: orders that were lost come again.
+pub const MIGRATE_TICK_MS: u64 = 1_000;
+
+/// Shortest time between two such looks: what all ranks say at about the same time is looked at together.
+pub const MIGRATE_REST_MS: u64 = 20;
+
+/// Layers that are under way at once unless somebody says otherwise: one is copied while another waits for its call.
+pub const LAYERS_AT_ONCE_DEFAULT: u32 = 2;
+
+/// Most layers that may be: more than the deepest models have.
+pub const LAYERS_AT_ONCE_MAX: u64 = 1_024;
+
+/// Bytes that a rank copies in a second unless somebody says otherwise: some per cent of what calls read.
+pub const BYTES_PER_SECOND_DEFAULT: u64 = 500_000_000;
+
+/// How long a rank that others wait for may say nothing new: an expert takes far less than a second unless it is throttled to that.
+pub const STUCK_MS: u64 = 30_000;
 
 /// Committed placements of a layer among which control looks for those that ranks do not hold yet.
 pub const COMMITTED_LOOKED_AT: usize = 16;

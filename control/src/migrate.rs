@@ -1,43 +1,117 @@
-//! Drives groups to the placements that were committed last, while calls go on: looks at what ranks say, again and again,
-//! and tells them what `migrating` says.
+//! Drives groups to the placements that were committed last, while calls go on: looks at what ranks say whenever that or
+//! what is committed changes, and tells them what `migrating` says, as fast as `motion` allows.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use protocol::session::{FromControl, LayerPlacement};
+use serde_json::json;
 
 use crate::fleet::Command;
-use crate::limits::{COMMITTED_LOOKED_AT, MIGRATE_TICK_MS};
+use crate::limits::{COMMITTED_LOOKED_AT, MIGRATE_REST_MS, MIGRATE_TICK_MS};
 use crate::migrating::{RankLayer, orders};
+use crate::motion::{Motion, Motions, Pace, Step, in_turn};
 use crate::state::{Shared, State, now_ms};
 use crate::store::StoreError;
+
+/// What the store says of a group.
+#[derive(Debug, Default)]
+struct Known {
+    model: String,
+    /// The newest committed epoch of each layer.
+    newest: BTreeMap<u32, u64>,
+    pace: Pace,
+}
 
 /// Looks after every group, again and again.
 pub(crate) async fn run(state: Shared) {
     let mut time = tokio::time::interval(Duration::from_millis(MIGRATE_TICK_MS));
+    let mut told = state.store.told();
+    let mut known: BTreeMap<String, Known> = BTreeMap::new();
     loop {
-        time.tick().await;
+        tokio::select! {
+            _ = time.tick() => {}
+            () = state.staged.notified() => {}
+            changed = told.changed() => match changed {
+                Ok(()) => known.clear(),
+                Err(_the_store_has_gone) => return,
+            },
+        }
         let groups = state.fleet().models();
         for (group, model) in groups {
-            if let Err(error) = look_after(&state, (&group, &model)).await {
+            if let Err(error) = look_after(&state, (&group, &model), &mut known).await {
                 let error = &error as &dyn std::error::Error;
                 tracing::error!(group, error, "placements stay as they are");
             }
         }
+        tokio::time::sleep(Duration::from_millis(MIGRATE_REST_MS)).await;
     }
 }
 
-async fn look_after(state: &State, (group, model): (&str, &str)) -> Result<(), StoreError> {
-    let layers = state.fleet().staging(group, now_ms(), state.patience_ms());
-    let Some(layers) = layers else { return Ok(()) };
-    let newest = state.store.present((group, model), now_ms()).await?.epochs;
-    for (layer, ranks) in layers {
+async fn look_after(
+    state: &State,
+    (group, model): (&str, &str),
+    known: &mut BTreeMap<String, Known>,
+) -> Result<(), StoreError> {
+    if known.get(group).is_none_or(|known| known.model != model) {
+        let newest = state.store.present((group, model), now_ms()).await?.epochs;
+        let pace = state.store.setting(group).await?;
+        known.insert(group.to_owned(), Known { model: model.to_owned(), newest, pace });
+    }
+    let Some(Known { newest, pace, .. }) = known.get(group) else { return Ok(()) };
+    throttle(state, group, pace.throttle());
+    let now_ms = now_ms();
+    let layers = state.fleet().staging(group, None, now_ms, state.patience_ms());
+    let Ok(layers) = layers else { return Ok(()) };
+    let on_their_way: Vec<(u32, u64, Vec<RankLayer>)> = layers
+        .into_iter()
+        .filter_map(|(layer, ranks)| {
+            let newest = *newest.get(&layer)?;
+            let behind = ranks.iter().any(|rank| rank.held < newest);
+            behind.then_some((layer, newest, ranks))
+        })
+        .collect();
+    watch(state, group, &on_their_way, now_ms).await?;
+    let steps: Vec<(u32, Step)> = on_their_way
+        .iter()
+        .map(|(layer, newest, ranks)| (*layer, Step::of(ranks, *newest)))
+        .collect();
+    let turns = in_turn(&steps, pace);
+    for (layer, _, ranks) in on_their_way.iter().filter(|(layer, ..)| turns.contains(layer)) {
         let lowest = ranks.iter().map(|rank| rank.held).min().unwrap_or(0);
-        if newest.get(&layer).is_none_or(|&epoch| epoch <= lowest) {
-            continue;
-        }
-        let committed = committed_after(state, (group, model), layer, lowest).await?;
-        tell(state, group, &ranks, &committed);
+        let committed = committed_after(state, (group, model), *layer, lowest).await?;
+        tell(state, group, ranks, &committed);
+    }
+    Ok(())
+}
+
+/// Keeps what is seen of layers on their way, and tells those who watch of every step.
+async fn watch(
+    state: &State,
+    group: &str,
+    on_their_way: &[(u32, u64, Vec<RankLayer>)],
+    now_ms: u64,
+) -> Result<(), StoreError> {
+    let new: Vec<(u32, u64, Step)> = {
+        let mut motions = state.motions();
+        let before = motions.remove(group).unwrap_or_default();
+        let seen = |(layer, newest, ranks): &(u32, u64, Vec<RankLayer>)| {
+            let now = (*newest, Step::of(ranks, *newest));
+            (*layer, Motion::seen(before.get(layer), ranks, now, now_ms))
+        };
+        let now: Motions = on_their_way.iter().map(seen).collect();
+        let at = |motion: &Motion| (motion.epoch, motion.step);
+        let new = now
+            .iter()
+            .filter(|(layer, motion)| before.get(layer).map(at) != Some(at(motion)))
+            .map(|(layer, motion)| (*layer, motion.epoch, motion.step))
+            .collect();
+        motions.insert(group.to_owned(), now);
+        new
+    };
+    for (layer, epoch, step) in new {
+        let told = json!({ "group": group, "layer": layer, "epoch": epoch, "step": step });
+        state.store.tell("migration", &told, now_ms).await?;
     }
     Ok(())
 }
@@ -51,6 +125,14 @@ async fn committed_after(
 ) -> Result<Vec<LayerPlacement>, StoreError> {
     let all = state.store.epochs(of, layer, u64::MAX, COMMITTED_LOOKED_AT).await?;
     Ok(all.into_iter().filter(|placed| placed.epoch > epoch).map(LayerPlacement::from).collect())
+}
+
+fn throttle(state: &State, group: &str, bytes_per_second: u64) {
+    let fleet = state.fleet();
+    for rank in fleet.throttled_otherwise(group, bytes_per_second) {
+        let order = Box::new(FromControl::Throttle { bytes_per_second });
+        fleet.order(group, rank, Command::Order(order));
+    }
 }
 
 fn tell(state: &State, group: &str, ranks: &[RankLayer], committed: &[LayerPlacement]) {

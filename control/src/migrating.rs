@@ -22,13 +22,18 @@ pub(crate) struct RankLayer {
 }
 
 impl RankLayer {
+    /// What it says of its way to `epoch`.
+    pub(crate) fn to(&self, epoch: u64) -> Option<&LayerStaging> {
+        self.staging.as_ref().filter(|staging| staging.epoch == epoch)
+    }
+
     fn has_staged(&self, epoch: u64) -> bool {
-        self.staging.as_ref().is_some_and(|s| s.epoch == epoch && s.staged && s.problem.is_none())
+        self.to(epoch).is_some_and(|staging| staging.staged && staging.problem.is_none())
     }
 
     /// Whether it says that it stages `epoch`, or has.
     fn works_at(&self, epoch: u64) -> bool {
-        self.staging.as_ref().is_some_and(|s| s.epoch == epoch && s.problem.is_none())
+        self.to(epoch).is_some_and(|staging| staging.problem.is_none())
     }
 
     fn is_ready(&self) -> Option<u64> {
@@ -80,15 +85,20 @@ fn ready(committed: &[LayerPlacement], epoch: u64) -> Option<FromControl> {
     committed.first().map(|placed| FromControl::Ready { layer: placed.layer, epoch })
 }
 
+/// The epoch that all ranks are to come to hold, if one holds or is ready for what others do not hold.
+pub(crate) fn bound(ranks: &[RankLayer]) -> Option<u64> {
+    let ahead = ranks.iter().map(|rank| rank.held).max()?;
+    let behind = ranks.iter().any(|rank| rank.held < ahead);
+    if behind { Some(ahead) } else { ranks.iter().find_map(RankLayer::is_ready) }
+}
+
 /// Orders to ranks, by number. `ranks` are all of the group, `committed` the placements of the layer that are later than the
 /// earliest in force, newest first.
 pub(crate) fn orders(ranks: &[RankLayer], committed: &[LayerPlacement]) -> Vec<(u32, FromControl)> {
     let Some(newest) = committed.first() else { return Vec::new() };
     let ahead = ranks.iter().map(|rank| rank.held).max().unwrap_or(0);
-    let behind = ranks.iter().any(|rank| rank.held < ahead);
-    let bound = if behind { Some(ahead) } else { ranks.iter().find_map(RankLayer::is_ready) };
     let numbered = (0..).zip(ranks);
-    if let Some(wanted) = bound {
+    if let Some(wanted) = bound(ranks) {
         return numbered
             .filter_map(|(number, rank)| Some((number, rank.follows(wanted, committed)?)))
             .collect();
@@ -124,10 +134,16 @@ mod tests {
     }
 
     fn staging(held: u64, epoch: u64, (staged, ready): (bool, bool)) -> RankLayer {
-        let (layer, left, digests, problem) = (3, u64::from(!staged), Vec::new(), None);
         RankLayer {
             held,
-            staging: Some(LayerStaging { layer, epoch, left, staged, ready, digests, problem }),
+            staging: Some(LayerStaging {
+                layer: 3,
+                epoch,
+                left: u64::from(!staged),
+                staged,
+                ready,
+                ..LayerStaging::default()
+            }),
         }
     }
 

@@ -143,8 +143,10 @@ async fn serve(
                     tell_of(state, register).await?;
                     tell_in_force(state, &register.group).await?;
                 }
-                Some(FromWorker::Staging { layers }) => {
-                    state.fleet().stage(register, admitted.session, layers);
+                Some(FromWorker::Staging { layers, bytes_per_second }) => {
+                    let staging = (layers, bytes_per_second);
+                    state.fleet().stage(register, admitted.session, staging);
+                    state.staged.notify_one();
                 }
                 Some(again @ FromWorker::Register(_)) => {
                     return Err(Ended::Order { got: name(&again), expected: "a heartbeat" });

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::access::rate::Rates;
 use crate::balancing::Last;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::{BURST_SECONDS, HEARTBEATS_MISSED_MAX, SESSIONS_MAX, SETTLED_MS, WATCHERS_MAX};
+use crate::motion::Motions;
 use crate::placing::PlacementFile;
 use crate::policies::Policies;
 use crate::store::Store;
@@ -30,6 +31,10 @@ pub(crate) struct State {
     rates: Mutex<Rates>,
     /// What came of questions that control asked by itself, by group.
     advice: Mutex<BTreeMap<String, Last>>,
+    /// Layers on their way, by group, as they were seen last.
+    motions: Mutex<BTreeMap<String, Motions>>,
+    /// Told when a rank has said something new of what is on its way.
+    pub(crate) staged: Notify,
     /// Idempotency keys, by token, whose requests run.
     running: Mutex<BTreeSet<(u64, String)>>,
     /// Places of workers' sessions: all are free again when no session is left.
@@ -49,6 +54,7 @@ impl State {
         let per_second = config.requests_per_second;
         let rates = Mutex::new(Rates::new(per_second, per_second.saturating_mul(BURST_SECONDS)));
         let (fleet, running, advice) = (Mutex::new(fleet), Mutex::default(), Mutex::default());
+        let (motions, staged) = (Mutex::default(), Notify::new());
         let sessions = Arc::new(Semaphore::new(SESSIONS_MAX as usize));
         let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
         Self {
@@ -60,6 +66,8 @@ impl State {
             fleet,
             rates,
             advice,
+            motions,
+            staged,
             running,
             sessions,
             watchers,
@@ -79,6 +87,11 @@ impl State {
     /// What came of questions that control asked by itself, by group. Never held over a wait.
     pub(crate) fn advice(&self) -> MutexGuard<'_, BTreeMap<String, Last>> {
         self.advice.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Layers on their way, by group. Never held over a wait.
+    pub(crate) fn motions(&self) -> MutexGuard<'_, BTreeMap<String, Motions>> {
+        self.motions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Idempotency keys whose requests run. Never held over a wait.

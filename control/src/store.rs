@@ -2,10 +2,10 @@
 
 pub(crate) mod answers;
 pub(crate) mod audit;
-mod balancing;
 pub(crate) mod events;
 pub(crate) mod placements;
 pub(crate) mod proposals;
+pub(crate) mod settings;
 pub(crate) mod tokens;
 pub(crate) mod windows;
 
@@ -26,8 +26,8 @@ const CONNECTIONS_MAX: u32 = 4;
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     pool: SqlitePool,
-    /// Told when there is an event.
-    told: watch::Sender<()>,
+    /// Counts transactions that may have written what others look at.
+    told: watch::Sender<u64>,
 }
 
 /// The database failed.
@@ -82,10 +82,12 @@ pub enum StoreError {
         source: serde_json::Error,
     },
     /// The same.
-    #[error("how the group {group} is balanced cannot be read")]
-    Balancing {
+    #[error("the setting {kind} of the group {group} cannot be read")]
+    Setting {
         /// The group.
         group: String,
+        /// The setting.
+        kind: &'static str,
         /// Why.
         #[source]
         source: serde_json::Error,
@@ -125,18 +127,18 @@ impl Store {
         let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS_MAX);
         let pool = pool.connect_with(options).await?;
         SCHEMA.run(&pool).await?;
-        Ok(Self { pool, told: watch::Sender::new(()) })
+        Ok(Self { pool, told: watch::Sender::new(0) })
     }
 
-    /// Changes whenever there may be a new event.
-    pub(crate) fn told(&self) -> watch::Receiver<()> {
+    /// Counts whenever there may be a new event, or another placement or setting.
+    pub(crate) fn told(&self) -> watch::Receiver<u64> {
         self.told.subscribe()
     }
 
-    /// Ends a transaction that may have written events.
+    /// Ends a transaction that may have written what others look at.
     async fn commit(&self, transaction: Transaction<'_, Sqlite>) -> Result<(), StoreError> {
         transaction.commit().await?;
-        self.told.send_replace(());
+        self.told.send_modify(|count| *count += 1);
         Ok(())
     }
 

@@ -24,7 +24,7 @@ fn run_as(control: &Control, token: Option<&str>, arguments: &[&str]) -> Output 
 
 /// What it prints for the admin.
 #[track_caller]
-fn run(control: &Control, arguments: &[&str]) -> String {
+pub(crate) fn run(control: &Control, arguments: &[&str]) -> String {
     let output = run_as(control, Some(control.token()), arguments);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{arguments:?} {:?}: {said}", output.status);

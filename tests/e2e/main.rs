@@ -13,6 +13,7 @@ mod failures;
 mod field;
 mod groups;
 mod migrations;
+mod pace;
 mod placements;
 mod proposals;
 mod raw;

@@ -218,10 +218,9 @@ fn nobody_flips_before_all_have_the_same_experts() {
     let body = json!({ "format": "deepseek", "text": "[[2,0,1,3]]" });
     assert_eq!(control.post("/api/v1/groups/g/import", &body).unwrap().0, 200);
     let say = |rank: &mut FakeWorker, digests: &[(u32, u64)]| {
-        let (layer, epoch, left, problem, digests) = (0, 2, 0, None, digests.to_vec());
-        let staging =
-            LayerStaging { layer, epoch, left, staged: true, ready: false, digests, problem };
-        rank.say(&FromWorker::Staging { layers: vec![staging] }).unwrap();
+        let (epoch, staged, digests) = (2, true, digests.to_vec());
+        let layers = vec![LayerStaging { epoch, staged, digests, ..LayerStaging::default() }];
+        rank.say(&FromWorker::Staging { layers, bytes_per_second: None }).unwrap();
     };
     assert!(matches!(ranks[0].hear().unwrap(), FromControl::Stage { .. }));
     say(&mut ranks[0], &[(0, 5), (1, 6), (2, 7)]);

@@ -176,9 +176,18 @@ impl Control {
 
     /// Status and body of a POST by the admin, for a reason.
     pub fn post(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
+        self.change("POST", path, body)
+    }
+
+    /// Status and body of a PUT by the admin, for a reason.
+    pub fn put(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
+        self.change("PUT", path, body)
+    }
+
+    fn change(&self, method: &str, path: &str, body: &Value) -> Result<(u16, Value)> {
         let mut body = body.clone();
         body["reason"] = "a test".into();
-        let (status, text) = self.send("POST", path, Some(&self.token), Some(&body.to_string()))?;
+        let (status, text) = self.send(method, path, Some(&self.token), Some(&body.to_string()))?;
         Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
     }
 

@@ -51,8 +51,14 @@ pub const DEADLINE_MS_DEFAULT: u64 = 2_000;
 /// Orders of control that may wait for the rank's thread: two for each layer of the deepest models.
 pub const ORDERS_MAX: usize = 512;
 
-/// How fast experts are derived for another placement: some per cent of what calls read.
-pub const STAGE_BYTES_PER_SECOND: f64 = 500e6;
+/// How fast experts are derived for another placement unless control says otherwise: some per cent of what calls read.
+pub const STAGE_BYTES_PER_SECOND: u64 = 500_000_000;
+
+/// How often what is derived is told while it goes on.
+pub const STAGE_REPORT: Duration = Duration::from_millis(500);
+
+/// Longest sleep of the thread that derives: so soon it sees that it may go on, or that nobody waits any more.
+pub const STAGE_LOOK: Duration = Duration::from_millis(50);
 
 /// How long after a failure a placement is staged again: what is in the way may be gone.
 pub const STAGE_AGAIN: Duration = Duration::from_secs(5);

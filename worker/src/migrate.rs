@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use kernels::cpu::{CpuDevice, StageError, Staged, Stager};
 use kernels::device::{Device, LoadError};
 use protocol::session::{FromControl, LayerPlacement, LayerStaging};
 
-use crate::limits::{ORDERS_MAX, STAGE_AGAIN, STAGE_BYTES_PER_SECOND};
+use crate::limits::{ORDERS_MAX, STAGE_AGAIN, STAGE_BYTES_PER_SECOND, STAGE_LOOK, STAGE_REPORT};
 use crate::placement::Placements;
 use crate::pulse::Pulse;
 
@@ -62,11 +62,27 @@ fn wake(pipe: &UnixStream) {
     }
 }
 
-/// Something to derive, and how much of it is left.
+/// How much of a placement is to be derived.
+#[derive(Debug, Default)]
+struct Progress {
+    experts_left: AtomicU64,
+    bytes_left: AtomicU64,
+    /// When it began.
+    bytes: AtomicU64,
+}
+
+impl Progress {
+    fn set(&self, stager: &Stager) {
+        self.experts_left.store(stager.left() as u64, Ordering::Relaxed);
+        self.bytes_left.store(stager.bytes_left(), Ordering::Relaxed);
+    }
+}
+
+/// Something to derive, while somebody waits for it.
 struct Job {
     epoch: u64,
     stager: Stager,
-    left: Arc<AtomicU64>,
+    progress: Weak<Progress>,
 }
 
 /// What the thread that stages has to tell: of which layer and epoch.
@@ -80,8 +96,8 @@ struct Done {
 /// A layer for which another placement is on its way.
 struct Pending {
     placement: LayerPlacement,
-    /// Experts that are still to be derived.
-    left: Arc<AtomicU64>,
+    /// Its end is seen by the thread that stages.
+    progress: Arc<Progress>,
     staged: bool,
     ready: bool,
     digests: Vec<(u32, u64)>,
@@ -99,6 +115,8 @@ pub(crate) struct Migrate {
     orders: Receiver<FromControl>,
     jobs: SyncSender<Job>,
     done: Receiver<Done>,
+    /// Most bytes that are derived in a second; 0 pauses.
+    throttle: Arc<AtomicU64>,
     rank: u32,
     /// In force on this rank.
     placements: Placements,
@@ -123,11 +141,13 @@ impl Migrate {
         let (put, orders) = sync_channel(ORDERS_MAX);
         let (jobs, to_do) = sync_channel::<Job>(ORDERS_MAX);
         let (tell, done) = sync_channel(ORDERS_MAX);
-        let rings = Arc::clone(&ring);
+        let throttle = Arc::new(AtomicU64::new(STAGE_BYTES_PER_SECOND));
+        let (limit, rings) = (Arc::clone(&throttle), Arc::clone(&ring));
+        let mut stage = Stage { checkpoint, throttle: limit, wake: rings, owed: 0.0 };
         let work = move || {
             for job in to_do {
-                let told = tell.send(stage(&checkpoint, job));
-                wake(&rings);
+                let told = tell.send(stage.run(job));
+                wake(&stage.wake);
                 if told.is_err() {
                     return;
                 }
@@ -135,7 +155,10 @@ impl Migrate {
         };
         thread::Builder::new().name("stage".to_owned()).spawn(work)?;
         let pending = BTreeMap::new();
-        let migrate = Self { bell, orders, jobs, done, rank, placements, pending, pulse, remember };
+        let migrate =
+            Self { bell, orders, jobs, done, throttle, rank, placements, pending, pulse, remember };
+        // Control is told the throttle before it asks for anything.
+        migrate.report();
         Ok((migrate, Orders { orders: put, wake: ring }))
     }
 
@@ -180,6 +203,10 @@ impl Migrate {
     }
 
     fn follow(&mut self, device: &mut dyn Device, order: FromControl) {
+        if let FromControl::Throttle { bytes_per_second } = order {
+            self.throttle.store(bytes_per_second, Ordering::Relaxed);
+            return;
+        }
         let Some(device) = device.placed() else {
             tracing::warn!(error = %OrderError::Device, "an order is not followed");
             return;
@@ -220,19 +247,21 @@ impl Migrate {
         }
         // Another is not wanted any more, unless it is ready.
         device.drop_staged(layer)?;
-        let left = Arc::new(AtomicU64::new(0));
+        let progress = Arc::new(Progress::default());
+        let waits = Arc::downgrade(&progress);
         let (staged, ready, digests, problem) = (false, false, Vec::new(), None);
         let wanted = self.placements.slots_with(&placement, self.rank);
         let pending =
-            Pending { placement, left: Arc::clone(&left), staged, ready, digests, problem };
+            Pending { placement, progress: Arc::clone(&progress), staged, ready, digests, problem };
         self.pending.insert(layer, pending);
         let wanted = wanted.map_err(|error| {
             let source = error.source().map_or_else(String::new, |source| format!(": {source}"));
             OrderError::Fit(format!("{error}{source}"))
         })?;
         let stager = device.stager(layer, wanted)?;
-        left.store(stager.left() as u64, Ordering::Relaxed);
-        let put = self.jobs.try_send(Job { epoch, stager, left });
+        progress.set(&stager);
+        progress.bytes.store(stager.bytes_left(), Ordering::Relaxed);
+        let put = self.jobs.try_send(Job { epoch, stager, progress: waits });
         put.map_err(|_full_or_gone| OrderError::Busy)
     }
 
@@ -264,31 +293,69 @@ impl Migrate {
         let of = |(layer, pending): (&u32, &Pending)| LayerStaging {
             layer: *layer,
             epoch: pending.placement.epoch,
-            left: pending.left.load(Ordering::Relaxed),
+            left: pending.progress.experts_left.load(Ordering::Relaxed),
+            bytes_left: pending.progress.bytes_left.load(Ordering::Relaxed),
+            bytes: pending.progress.bytes.load(Ordering::Relaxed),
             staged: pending.staged,
             ready: pending.ready,
             digests: pending.digests.clone(),
             problem: pending.problem.as_ref().map(|(problem, _)| problem.clone()),
         };
-        self.pulse.set_staging(self.pending.iter().map(of).collect());
+        let throttle = self.throttle.load(Ordering::Relaxed);
+        self.pulse.set_staging(self.pending.iter().map(of).collect(), throttle);
     }
 }
 
-/// Derives everything that is lacking, as slowly as the limit says.
-fn stage(checkpoint: &Checkpoint, job: Job) -> Done {
-    let Job { epoch, mut stager, left } = job;
-    let layer = stager.layer();
-    let (began, mut bytes) = (Instant::now(), 0);
-    while stager.left() > 0 {
-        match stager.step(checkpoint) {
-            Ok(more) => bytes += more.unwrap_or(0),
-            Err(error) => {
-                return Done { layer, epoch, staged: Err(error), digests: Vec::new() };
+/// The thread that stages.
+struct Stage {
+    checkpoint: Checkpoint,
+    throttle: Arc<AtomicU64>,
+    wake: Arc<UnixStream>,
+    /// Bytes that are to take their time before anything else is derived.
+    owed: f64,
+}
+
+impl Stage {
+    /// Derives everything that is lacking, as slowly as the throttle says, while somebody waits for it.
+    fn run(&mut self, job: Job) -> Done {
+        let Job { epoch, mut stager, progress } = job;
+        let layer = stager.layer();
+        let mut said = Instant::now();
+        while stager.left() > 0 {
+            let Some(progress) = progress.upgrade().filter(|progress| self.rest(progress)) else {
+                tracing::info!(layer, epoch, "a placement is not wanted any more");
+                return Done { layer, epoch, staged: Ok(None), digests: Vec::new() };
+            };
+            match stager.step(&self.checkpoint) {
+                Ok(bytes) => self.owed += bytes.unwrap_or(0) as f64,
+                Err(error) => {
+                    return Done { layer, epoch, staged: Err(error), digests: Vec::new() };
+                }
+            }
+            progress.set(&stager);
+            if said.elapsed() >= STAGE_REPORT {
+                said = Instant::now();
+                wake(&self.wake);
             }
         }
-        left.store(stager.left() as u64, Ordering::Relaxed);
-        let due = Duration::from_secs_f64(bytes as f64 / STAGE_BYTES_PER_SECOND);
-        thread::sleep(due.saturating_sub(began.elapsed()));
+        Done { layer, epoch, staged: Ok(stager.staged()), digests: stager.digests() }
     }
-    Done { layer, epoch, staged: Ok(stager.staged()), digests: stager.digests() }
+
+    /// Waits until more may be derived; false once nobody but this thread knows of `progress`.
+    fn rest(&mut self, progress: &Arc<Progress>) -> bool {
+        loop {
+            if Arc::strong_count(progress) == 1 {
+                return false;
+            }
+            let throttle = self.throttle.load(Ordering::Relaxed);
+            if throttle > 0 && self.owed <= 0.0 {
+                return true;
+            }
+            // What is said meanwhile is looked for now and then.
+            let rest = Duration::try_from_secs_f64(self.owed / throttle as f64);
+            let rest = rest.unwrap_or(STAGE_LOOK).min(STAGE_LOOK);
+            thread::sleep(rest);
+            self.owed -= throttle as f64 * rest.as_secs_f64();
+        }
+    }
 }

@@ -11,13 +11,16 @@ use protocol::session::{EngineState, Heartbeat, LayerPlacement, LayerStaging, Wi
 
 use crate::load::Load;
 
+/// Layers of which something is on its way, and at most how many bytes of it come in a second.
+type OnItsWay = (Vec<LayerStaging>, Option<u64>);
+
 /// Written by the rank's thread alone. A reader may see a call that another word does not have yet.
 #[derive(Debug)]
 pub(crate) struct Pulse {
     /// What the rank holds once it is ready, and how often that has changed.
     holds: Mutex<(u64, Vec<LayerPlacement>)>,
-    /// What is on its way, and how often that has changed.
-    staging: Mutex<(u64, Vec<LayerStaging>)>,
+    /// What is on its way and its throttle, and how often that has changed.
+    staging: Mutex<(u64, OnItsWay)>,
     engine: AtomicU8,
     calls: AtomicU64,
     /// By the code of the refusal.
@@ -40,12 +43,12 @@ impl Pulse {
         changed(&self.holds, said)
     }
 
-    pub(crate) fn set_staging(&self, layers: Vec<LayerStaging>) {
-        set(&self.staging, layers);
+    pub(crate) fn set_staging(&self, layers: Vec<LayerStaging>, bytes_per_second: u64) {
+        set(&self.staging, (layers, Some(bytes_per_second)));
     }
 
     /// What is on its way, if that is another than what was `said`.
-    pub(crate) fn staging(&self, said: u64) -> Option<(u64, Vec<LayerStaging>)> {
+    pub(crate) fn staging(&self, said: u64) -> Option<(u64, OnItsWay)> {
         changed(&self.staging, said)
     }
 

@@ -213,8 +213,9 @@ impl Dialler {
             say(socket, &FromWorker::Holds { layers })?;
             said.holds = number;
         }
-        if let Some((number, layers)) = self.windows.pulse.staging(said.staging) {
-            say(socket, &FromWorker::Staging { layers })?;
+        if let Some((number, (layers, bytes_per_second))) = self.windows.pulse.staging(said.staging)
+        {
+            say(socket, &FromWorker::Staging { layers, bytes_per_second })?;
             said.staging = number;
         }
         if let Some(oldest) = self.windows.unkept.front()
@@ -240,7 +241,11 @@ impl Dialler {
                 }
                 Ok(())
             }
-            Some(order @ (FromControl::Stage { .. } | FromControl::Ready { .. })) => {
+            Some(
+                order @ (FromControl::Throttle { .. }
+                | FromControl::Stage { .. }
+                | FromControl::Ready { .. }),
+            ) => {
                 if !self.orders.get().is_some_and(|orders| orders.put(order)) {
                     tracing::debug!("an order was not taken: it comes again");
                 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, Failed, path};
 use crate::table::{self, Column};
-use crate::{Balancing, Command, Decide, Format, Group, Propose, Rollback, Token};
+use crate::{Balancing, Command, Decide, Format, Group, Migration, Propose, Rollback, Token};
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
 struct Shown<'a, W> {
@@ -67,6 +67,7 @@ pub(crate) fn run(
         Command::Balancing(balancing) => shown.balancing(balancing),
         Command::Approve(decide) => shown.decide(decide, "approve"),
         Command::Reject(decide) => shown.decide(decide, "reject"),
+        Command::Migration(migration) => shown.migration(migration),
         Command::Rollback(rollback) => shown.roll_back(rollback),
         Command::Import { file, group, format, dry_run, reason } => {
             let group = shown.group(group)?;
@@ -160,6 +161,26 @@ const BALANCING: &[Column] = &[
     ("PROPOSAL", "/last/proposal"),
     ("PROBLEM", "/last/problem"),
 ];
+const PACE: &[Column] = &[
+    ("PAUSED", "/pace/paused"),
+    ("LAYERS AT ONCE", "/pace/layers_at_once"),
+    ("BYTES A SECOND", "/pace/bytes_per_second"),
+    ("BYTES", "/bytes"),
+    ("LEFT", "/bytes_left"),
+    ("PROBLEM", "/problem"),
+];
+const MOTIONS: &[Column] = &[
+    ("LAYER", "/layer"),
+    ("FROM EPOCH", "/from_epoch"),
+    ("TO", "/to_epoch"),
+    ("SOURCE", "/source"),
+    ("MADE", "/made_ms"),
+    ("STEP", "/step"),
+    ("SINCE", "/since_ms"),
+    ("STUCK RANK", "/stuck/rank"),
+    ("FOR S", "/stuck/seconds"),
+    ("RANKS", "/ranks"),
+];
 const TRADEOFFS: &[Column] = &[
     ("MOVES A LAYER", "/moves_per_layer"),
     ("LAYERS", "/layers"),
@@ -215,6 +236,17 @@ const STATUS: &[Column] = &[
     ("OF LAYER", "/worst/layer"),
     ("PROBLEM", "/problem"),
 ];
+
+/// How far a rank is on its way to another placement of a layer.
+fn rank_in_words(rank: &Value) -> String {
+    let (number, left) = (&rank["rank"], &rank["bytes_left"]);
+    match (rank["problem"].as_str(), &rank["staged"], &rank["ready"]) {
+        (Some(problem), ..) => format!("{number}: {problem}"),
+        (None, _, Value::Bool(true)) => format!("{number}: ready"),
+        (None, Value::Bool(true), _) => format!("{number}: has it"),
+        (None, ..) => format!("{number}: {left} bytes left"),
+    }
+}
 
 /// Settings of a policy.
 fn object(text: String) -> Result<Value, Failed> {
@@ -332,6 +364,37 @@ impl<W: Write> Shown<'_, W> {
         let body = json!({ "ask": ask, "reason": reason });
         let made = self.client.post(&path(&["groups", &group, "proposals"]), &body)?;
         self.proposal(&made)
+    }
+
+    fn migration(&mut self, given: Migration) -> Result<(), Failed> {
+        let Migration { group, pause, resume, layers_at_once, bytes_per_second, reason } = given;
+        let group = self.group(group)?;
+        let path = path(&["groups", &group, "migration"]);
+        let mut migration = self.client.get(&path)?;
+        if let Some(reason) = reason {
+            let mut pace = migration["pace"].take();
+            for (name, value) in [
+                ("paused", (pause || resume).then(|| json!(pause))),
+                ("layers_at_once", layers_at_once.map(|layers| json!(layers))),
+                ("bytes_per_second", bytes_per_second.map(|bytes| json!(bytes))),
+            ] {
+                if let Some(value) = value {
+                    pace[name] = value;
+                }
+            }
+            migration = self.client.put(&path, &json!({ "pace": pace, "reason": reason }))?;
+        }
+        if self.json {
+            return Ok(writeln!(self.out, "{migration:#}")?);
+        }
+        let mut layers = migration["layers"].take();
+        for layer in layers.as_array_mut().into_iter().flatten() {
+            for rank in layer["ranks"].as_array_mut().into_iter().flatten() {
+                *rank = json!(rank_in_words(rank));
+            }
+        }
+        self.list(&Value::Array(vec![migration]), PACE, "")?;
+        self.list(&layers, MOTIONS, "nothing is on its way")
     }
 
     fn roll_back(&mut self, rollback: Rollback) -> Result<(), Failed> {

@@ -118,6 +118,8 @@ enum Command {
     Approve(Decide),
     /// Rejects a proposal.
     Reject(Decide),
+    /// What is on its way to other placements, and how far it is; pauses it, goes on, or changes how fast.
+    Migration(Migration),
     /// Gives up what is on its way: every layer keeps what is in force. With --layer and --epoch that layer goes back to a
     /// placement that it had.
     Rollback(Rollback),
@@ -222,6 +224,27 @@ struct Balancing {
     /// Most bytes of one.
     #[arg(long, requires = "reason")]
     approve_bytes: Option<u64>,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: Option<String>,
+}
+
+#[derive(Args)]
+struct Migration {
+    #[command(flatten)]
+    group: Group,
+    /// Copies nothing more, and has nothing come to be in force for which no rank is ready yet.
+    #[arg(long, requires = "reason", conflicts_with = "resume")]
+    pause: bool,
+    /// Goes on.
+    #[arg(long, requires = "reason")]
+    resume: bool,
+    /// Layers that are under way at once.
+    #[arg(long, requires = "reason")]
+    layers_at_once: Option<u32>,
+    /// Bytes that a rank copies in a second at most.
+    #[arg(long, requires = "reason")]
+    bytes_per_second: Option<u64>,
     /// Kept in the audit log.
     #[arg(long)]
     reason: Option<String>,

@@ -38,7 +38,7 @@ pub(super) async fn balancing(
     PathOf(group): PathOf<String>,
 ) -> Result<Json<BalancingView>, ApiError> {
     register_of(&state.fleet(), &group)?;
-    let balancing = state.store.balancing(&group).await?;
+    let balancing = state.store.setting::<Balancing>(&group).await?;
     let last = state.advice().get(&group).cloned().unwrap_or_default();
     Ok(Json(BalancingView { balancing, last }))
 }
@@ -58,7 +58,7 @@ pub(super) async fn set(
     let NewBalancing { balancing, reason: why } = new;
     let entry = caller.entry("balancing.set", reason(&why)?);
     balancing.check()?;
-    state.store.set_balancing(&group, &balancing, entry).await?;
+    state.store.set(&group, &balancing, entry).await?;
     // Whatever is new is asked at once.
     state.advice().remove(&group);
     Ok(Json(BalancingView { balancing, last: Last::default() }))

@@ -24,15 +24,15 @@ struct Watcher {
     sent: i64,
     /// Events that were read and wait to be sent.
     waiting: std::vec::IntoIter<Event>,
-    told: watch::Receiver<()>,
+    told: watch::Receiver<u64>,
     stop: watch::Receiver<bool>,
     ends: Instant,
     /// Gives its place back.
     _place: OwnedSemaphorePermit,
 }
 
-/// What happens: `worker` (group, rank, state), `placement` (group, epochs in force), `window` (group,
-/// end_ms), `proposal` (group, id, standing), `audit` (id, action, target, actor). After `last-event-id` nothing is left out or repeated;
+/// What happens: `worker` (group, rank, state), `placement` (group, epochs in force), `migration` (group, layer, epoch, step),
+/// `window` (group, end_ms), `proposal` (group, id, standing), `audit` (id, action, target, actor). After `last-event-id` nothing is left out or repeated;
 /// where that cannot be, because too much has happened since, a `missed` comes first, and everything is to
 /// be read again. A comment comes at least every 15 s. The stream ends after a quarter of an hour, so that
 /// whoever may not watch any more is told so.

@@ -17,7 +17,7 @@ use super::error::{ApiError, Problem};
 use super::tag::tagged;
 use super::views::Page;
 use crate::fleet::Worker;
-use crate::migrating::disagreement;
+use crate::migrating::{RankLayer, disagreement};
 use crate::state::{Shared, now_ms};
 use crate::store::placements::Committed;
 
@@ -47,6 +47,10 @@ pub(super) struct MovingView {
     epoch: u64,
     /// Experts that it lacks still.
     left: u64,
+    /// Bytes of all that it lacked when it began, as it holds experts.
+    pub(super) bytes: u64,
+    /// Bytes of them that it lacks still.
+    pub(super) bytes_left: u64,
     /// Whether all of it is there.
     staged: bool,
     /// Whether it is to be in force once all ranks know so: nothing holds it up any more but that nobody calls.
@@ -56,9 +60,12 @@ pub(super) struct MovingView {
 }
 
 impl MovingView {
-    fn new(rank: u32, staging: &LayerStaging, differs: Option<String>) -> Self {
-        let LayerStaging { epoch, left, staged, ready, ref problem, .. } = *staging;
-        Self { rank, epoch, left, staged, ready, problem: problem.clone().or(differs) }
+    /// `all` ranks may not have the same of an expert.
+    pub(super) fn new(rank: u32, staging: &LayerStaging, all: &[RankLayer]) -> Self {
+        let LayerStaging { epoch, left, bytes, bytes_left, staged, ready, .. } = *staging;
+        let differs = disagreement(all, epoch).filter(|differs| differs.second == rank);
+        let problem = staging.problem.clone().or(differs.map(|differs| differs.to_string()));
+        Self { rank, epoch, left, bytes, bytes_left, staged, ready, problem }
     }
 }
 
@@ -163,7 +170,7 @@ async fn views(
     let fleet = state.fleet();
     let (now_ms, patience_ms) = (now_ms(), state.patience_ms());
     let in_force = fleet.in_force(group, now_ms, patience_ms);
-    let staged = fleet.staging(group, now_ms, patience_ms);
+    let staged = fleet.staging(group, only, now_ms, patience_ms);
     let wanted = register.model.layers.iter().enumerate();
     let wanted = wanted.filter(|(_, layer)| only.is_none_or(|only| layer.number == only));
     let view = |(at, layer): (usize, &ServedLayer)| {
@@ -185,12 +192,9 @@ async fn views(
             let staging = worker.staging().iter().find(|staging| staging.layer == layer.number);
             // What is in force is told before that it is not on its way any more.
             let staging = staging.filter(|staging| held.is_none_or(|held| held < staging.epoch));
-            let differs = staging.and_then(|staging| {
-                let ranks = &staged.as_ref()?.iter().find(|(of, _)| *of == layer.number)?.1;
-                let found = disagreement(ranks, staging.epoch)?;
-                (found.second == *rank).then(|| found.to_string())
-            });
-            staging.map(|staging| MovingView::new(*rank, staging, differs))
+            let all = staged.iter().flatten().find(|(of, _)| *of == layer.number);
+            let all = all.map_or(&[][..], |(_, ranks)| ranks);
+            staging.map(|staging| MovingView::new(*rank, staging, all))
         };
         PlacementView {
             layer: layer.number,

@@ -163,7 +163,7 @@ impl Store {
         for layer in &placed {
             commit(&mut transaction, of, layer, (source, now_ms)).await?;
         }
-        transaction.commit().await.map_err(StoreError::from)?;
+        self.commit(transaction).await?;
         Ok(placed)
     }
 

@@ -170,6 +170,7 @@ pub enum StageError {
 pub struct Stager {
     layer: u32,
     position: usize,
+    expert_bytes: usize,
     wanted: LayerSlots,
     /// Every expert that is held or was derived.
     have: Vec<Arc<Slot>>,
@@ -200,7 +201,8 @@ impl Stager {
         let known = |expert: &u32| have.iter().any(|slot| slot.expert == *expert);
         let lacking = wanted.experts.iter().flatten().filter(|expert| !known(expert));
         let lacking = lacking.rev().copied().collect();
-        Ok(Self { layer: number, position, wanted, have, lacking })
+        let expert_bytes = layout::expert_bytes(&layer.shape);
+        Ok(Self { layer: number, position, expert_bytes, wanted, have, lacking })
     }
 
     /// The layer.
@@ -213,6 +215,12 @@ impl Stager {
     #[must_use]
     pub fn left(&self) -> usize {
         self.lacking.len()
+    }
+
+    /// Bytes of those experts, as this device holds them.
+    #[must_use]
+    pub fn bytes_left(&self) -> u64 {
+        (self.lacking.len() * self.expert_bytes) as u64
     }
 
     /// Derives one expert; its bytes, or none if there is none left. Whoever calls decides how fast that goes.

@@ -12,7 +12,7 @@
 //!   Window                     ->
 //!                              <-     Kept
 //!                              <-     Close, at any time; the answer is a Window
-//!                              <-     Stage, Ready: another placement of a layer
+//!                              <-     Throttle, Stage, Ready: another placement of a layer
 //!   Staging, Holds             ->
 //! ```
 //!
@@ -36,8 +36,9 @@ use crate::message::{ActFormat, Phase, ServedLayer, UnservedLayer};
 use crate::placement::Placement;
 
 /// Version of these messages. Since 2, a worker may ask for a placement and
-/// says what it holds, and control may say `Close`; since 3, placements may change while calls go on.
-pub const SESSION_VERSION: u32 = 3;
+/// says what it holds, and control may say `Close`; since 3, placements may change while calls go on;
+/// since 4, control says how fast.
+pub const SESSION_VERSION: u32 = 4;
 
 /// The oldest version that control accepts. A worker is told nothing that its
 /// version does not know.
@@ -61,6 +62,9 @@ pub enum FromWorker {
     Staging {
         /// Layers of which something is, ascending.
         layers: Vec<LayerStaging>,
+        /// The throttle that it keeps to; none of a worker that knows none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bytes_per_second: Option<u64>,
     },
     /// The worker lives, and how it is.
     Heartbeat(Heartbeat),
@@ -95,6 +99,11 @@ pub enum FromControl {
     Close {
         /// What [`Window::closed_by`] of its window is to be.
         mark_ms: u64,
+    },
+    /// How fast experts are to be derived for other placements, from now on.
+    Throttle {
+        /// At most; 0 pauses.
+        bytes_per_second: u64,
     },
     /// Another placement of a layer is to be staged, in place of any that is.
     Stage {
@@ -164,7 +173,7 @@ impl Register {
 }
 
 /// How far another placement of a layer is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerStaging {
     /// The model's number of the layer.
     pub layer: u32,
@@ -172,6 +181,12 @@ pub struct LayerStaging {
     pub epoch: u64,
     /// Experts that the rank lacks still.
     pub left: u64,
+    /// Bytes of them, as the rank holds experts.
+    #[serde(default)]
+    pub bytes_left: u64,
+    /// Bytes of all that it lacked when it began.
+    #[serde(default)]
+    pub bytes: u64,
     /// Whether it is at hand.
     pub staged: bool,
     /// Whether it is to be in force.
