@@ -13,6 +13,7 @@ mod gate;
 mod metrics;
 mod migration;
 mod placements;
+mod policies;
 mod proposals;
 mod repeat;
 mod rollback;
@@ -48,7 +49,7 @@ use self::gate::Gate;
 use self::views::{GroupView, LayerView, ModelView, Page, WorkerView, layers_of};
 use crate::access::{Role, sha256};
 use crate::fleet::Worker;
-use crate::limits::MESSAGE_BYTES_MAX;
+use crate::limits::{COMPONENT_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::session;
 use crate::state::{Shared, now_ms};
 
@@ -81,6 +82,12 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(balancing::balancing, balancing::set))
+        .routes(routes!(policies::policies))
+        .routes(routes!(policies::policy))
+        .routes(routes!(policies::component))
+        .routes(routes!(policies::activate))
+        .routes(routes!(policies::roll_back))
+        .merge(uploads())
         .routes(routes!(migration::migration, migration::set_pace))
         .routes(routes!(rollback::roll_back))
         .routes(routes!(exchange::export))
@@ -96,6 +103,12 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(events::events))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
+}
+
+/// What has a longer body than others.
+fn uploads() -> OpenApiRouter<Shared> {
+    let longer = DefaultBodyLimit::max(COMPONENT_BYTES_MAX);
+    OpenApiRouter::new().routes(routes!(policies::upload)).layer(longer)
 }
 
 /// The OpenAPI document, JSON.

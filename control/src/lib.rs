@@ -25,6 +25,7 @@ mod placing;
 mod policies;
 mod propose;
 mod proposing;
+mod registry;
 mod serve;
 mod session;
 mod state;

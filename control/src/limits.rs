@@ -58,6 +58,9 @@ pub const REGISTER_SECONDS_MAX: u64 = 10;
 /// Bytes of a message: a registration of 4,096 layers has about a megabyte.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
+/// Bytes of a request's body with a component: the largest that policies may have.
+pub const COMPONENT_BYTES_MAX: usize = 32 << 20;
+
 /// Ranks of a group. Beyond one host a group may have hundreds.
 pub const RANKS_MAX: u32 = 1_024;
 
@@ -144,6 +147,12 @@ pub const BYTES_PER_SECOND_DEFAULT: u64 = 500_000_000;
 
 /// How long a rank that others wait for may say nothing new: an expert takes far less than a second unless it is throttled to that.
 pub const STUCK_MS: u64 = 30_000;
+
+/// Verdicts on policies that are kept: one that fails at every question of an hour leaves room for the others.
+pub const VERDICTS_MAX: i64 = 10_000;
+
+/// Verdicts of a policy that are shown.
+pub const VERDICTS_SHOWN: u32 = 20;
 
 /// Committed placements of a layer among which control looks for those that ranks do not hold yet.
 pub const COMMITTED_LOOKED_AT: usize = 16;

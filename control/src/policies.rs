@@ -1,21 +1,26 @@
-//! Policies that control runs: those that come with moeplane, loaded when they are first asked. Calls take their thread
-//! until they end, so they run where waiting is no harm.
+//! The sandbox of policies, and what it has loaded. Calls take their thread until they end, so they run where waiting is no
+//! harm. Which component a name stands for is `registry`'s to say.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use policy_host::store::digest;
 use policy_host::{Answer, Component, Host, HostOptions, Question, Verdict, shipped};
+
+use crate::store::StoreError;
 
 /// Why a policy gave nothing.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AskError {
-    #[error("there is no policy {name}, expected one of {known}")]
+    #[error("there is no policy {name}, expected one of {known}, or the digest of a version")]
     Unknown { name: String, known: String },
     #[error("the policy {name} is absent: {path} cannot be read")]
     Absent { name: String, path: String },
     #[error("the policy {name}: {verdict}")]
     Verdict { name: String, verdict: Verdict },
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Folder of compiled policies, in that of the data.
@@ -28,7 +33,10 @@ const COMPILER: &str = "moeplane-policy";
 pub(crate) struct Policies {
     host: Host,
     folder: PathBuf,
+    /// By digest.
     loaded: Mutex<BTreeMap<String, Arc<Component>>>,
+    /// Digests of those that come with moeplane, by name.
+    shipped: Mutex<BTreeMap<String, String>>,
 }
 
 impl std::fmt::Debug for Policies {
@@ -46,48 +54,71 @@ impl Policies {
             compiler: beside.unwrap_or_else(|_unknown| COMPILER.into()),
             deadline: None,
         })?;
-        Ok(Self { host, folder, loaded: Mutex::default() })
+        Ok(Self { host, folder, loaded: Mutex::default(), shipped: Mutex::default() })
     }
 
-    /// Asks a policy by its name, with settings that it accepts: who answered, and the answer.
-    pub(crate) async fn ask<Q: Question + 'static>(
+    /// One that is loaded already, by its digest.
+    pub(crate) fn loaded(&self, digest: &str) -> Option<Arc<Component>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner).get(digest).cloned()
+    }
+
+    /// Loads a component, which takes seconds at first.
+    pub(crate) async fn load(
         self: &Arc<Self>,
-        name: &str,
-        settings: String,
-        question: Arc<Q>,
-    ) -> Result<(Arc<Component>, Answer<Q::Decision>), AskError> {
-        let (policies, of) = (Arc::clone(self), name.to_owned());
-        let asked = tokio::task::spawn_blocking(move || {
-            let policy = policies.load(&of)?;
-            let failed = |verdict| AskError::Verdict { name: of.clone(), verdict };
-            policy.validate(&settings).map_err(failed)?;
-            let answer = policy.decide(&*question).map_err(failed)?;
-            Ok((policy, answer))
-        });
-        asked.await.unwrap_or_else(|ended| {
-            let what = "the thread that asked".to_owned();
-            let verdict = Verdict::Host { what, reason: ended.to_string() };
-            Err(AskError::Verdict { name: name.to_owned(), verdict })
+        component: Vec<u8>,
+    ) -> Result<Arc<Component>, Verdict> {
+        if let Some(loaded) = self.loaded(&digest(&component)) {
+            return Ok(loaded);
+        }
+        let policies = Arc::clone(self);
+        in_thread(move || {
+            // Outside of the lock: others need not wait.
+            let policy = Arc::new(policies.host.load(&component)?);
+            let mut loaded = policies.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok(Arc::clone(loaded.entry(policy.digest().to_owned()).or_insert(policy)))
         })
+        .await
     }
 
-    fn load(&self, name: &str) -> Result<Arc<Component>, AskError> {
-        let name = name.replace('-', "_");
-        if !shipped::POLICIES.iter().any(|(known, _)| *known == name) {
-            let known = shipped::POLICIES.map(|(known, _)| known).join(", ");
-            return Err(AskError::Unknown { name, known });
+    /// The policy of this name that comes with moeplane.
+    pub(crate) async fn shipped(self: &Arc<Self>, name: &str) -> Result<Arc<Component>, AskError> {
+        let known = || self.shipped.lock().unwrap_or_else(PoisonError::into_inner);
+        let digest = known().get(name).cloned();
+        if let Some(loaded) = digest.and_then(|digest| self.loaded(&digest)) {
+            return Ok(loaded);
         }
-        let lock = || self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(policy) = lock().get(&name) {
-            return Ok(Arc::clone(policy));
-        }
-        let path = shipped::file(&self.folder, &name);
-        let Ok(bytes) = std::fs::read(&path) else {
-            return Err(AskError::Absent { name, path: path.display().to_string() });
+        let path = shipped::file(&self.folder, name);
+        let Ok(component) = tokio::fs::read(&path).await else {
+            let (name, path) = (name.to_owned(), path.display().to_string());
+            return Err(AskError::Absent { name, path });
         };
-        // Compiled outside of the lock: it takes seconds at first, and others need not wait.
-        let policy = self.host.load(&bytes);
-        let policy = policy.map_err(|verdict| AskError::Verdict { name: name.clone(), verdict })?;
-        Ok(Arc::clone(lock().entry(name).or_insert_with(|| Arc::new(policy))))
+        let failed = |verdict| AskError::Verdict { name: name.to_owned(), verdict };
+        let policy = self.load(component).await.map_err(failed)?;
+        known().insert(name.to_owned(), policy.digest().to_owned());
+        Ok(policy)
     }
+}
+
+/// Has a policy check settings, a JSON object.
+pub(crate) async fn validate(policy: &Arc<Component>, settings: String) -> Result<(), Verdict> {
+    let policy = Arc::clone(policy);
+    in_thread(move || policy.validate(&settings)).await
+}
+
+/// What a policy decides.
+pub(crate) async fn decide<Q: Question + 'static>(
+    policy: &Arc<Component>,
+    question: &Arc<Q>,
+) -> Result<Answer<Q::Decision>, Verdict> {
+    let (policy, question) = (Arc::clone(policy), Arc::clone(question));
+    in_thread(move || policy.decide(&*question)).await
+}
+
+async fn in_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Verdict> + Send + 'static,
+) -> Result<T, Verdict> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|ended| {
+        let what = "the thread that asked".to_owned();
+        Err(Verdict::Host { what, reason: ended.to_string() })
+    })
 }

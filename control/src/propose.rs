@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 use crate::limits::{PROPOSAL_SECONDS_DEFAULT, PROPOSAL_SECONDS_MAX};
 use crate::policies::AskError;
 use crate::proposing::{Origin, Proposal, Question, Unaskable, WINDOWS};
+use crate::registry::ask;
 use crate::state::{State, now_ms};
 use crate::store::StoreError;
 use crate::store::windows::{Of, Part as Loads, Span};
@@ -18,7 +19,7 @@ use crate::store::windows::{Of, Part as Loads, Span};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Wish {
-    /// A placement policy by its name; `greedy_swap` if not given.
+    /// A placement policy by its name, or the digest of a version; `greedy_swap` if not given.
     pub(crate) policy: String,
     /// Its settings.
     #[schema(value_type = Object)]
@@ -70,6 +71,11 @@ pub(crate) struct OutOfRange {
 }
 
 impl Wish {
+    /// Settings as policies take them.
+    pub(crate) fn settings_text(&self) -> String {
+        Value::Object(self.settings.clone()).to_string()
+    }
+
     /// Refuses numbers that are out of their ranges. What settings may be the policy says when it is asked.
     pub(crate) fn check(&self) -> Result<(), OutOfRange> {
         let Self { minimum_gain, valid_for_s, .. } = self;
@@ -107,11 +113,10 @@ pub(crate) async fn propose(
     group: &str,
     wish: &Wish,
 ) -> Result<Proposal, ProposeError> {
-    let settings = Value::Object(wish.settings.clone()).to_string();
+    let settings = wish.settings_text();
     let (model, request) = request(state, group, &settings, wish.budget.into()).await?;
     let request = Arc::new(request);
-    let asked = state.policies.ask(&wish.policy, settings, Arc::clone(&request)).await;
-    let (policy, answer) = asked?;
+    let (policy, answer) = ask(state, group, (&wish.policy, settings), &request).await?;
     let policy = (&policy.info().name[..], policy.digest());
     let origin = Origin { group, model: &model, policy, minimum_gain: wish.minimum_gain };
     Ok(Proposal::new(origin, &request, &answer, now_ms())?)

@@ -4,6 +4,7 @@ pub(crate) mod answers;
 pub(crate) mod audit;
 pub(crate) mod events;
 pub(crate) mod placements;
+pub(crate) mod policies;
 pub(crate) mod proposals;
 pub(crate) mod settings;
 pub(crate) mod tokens;
@@ -77,6 +78,15 @@ pub enum StoreError {
     Proposal {
         /// Its name.
         id: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The same.
+    #[error("what is kept of the policy {digest} cannot be read")]
+    Policy {
+        /// The digest of its component.
+        digest: String,
         /// Why.
         #[source]
         source: serde_json::Error,

@@ -13,7 +13,7 @@ use tests::worker_process::{program, until};
 use crate::assert_says;
 
 /// Runs the command by a token; `{url}` is set by the environment.
-fn run_as(control: &Control, token: Option<&str>, arguments: &[&str]) -> Output {
+pub(crate) fn run_as(control: &Control, token: Option<&str>, arguments: &[&str]) -> Output {
     let mut command = Command::new(program("moeplane").unwrap());
     command.env_clear().env("MOEPLANE_URL", format!("http://{}", control.address()));
     if let Some(token) = token {
@@ -32,7 +32,7 @@ pub(crate) fn run(control: &Control, arguments: &[&str]) -> String {
 }
 
 /// Cells of a table's rows, without its head.
-fn rows(text: &str) -> Vec<Vec<&str>> {
+pub(crate) fn rows(text: &str) -> Vec<Vec<&str>> {
     text.lines().skip(1).map(|line| line.split_whitespace().collect()).collect()
 }
 

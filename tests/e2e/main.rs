@@ -15,6 +15,7 @@ mod groups;
 mod migrations;
 mod pace;
 mod placements;
+mod policies;
 mod proposals;
 mod raw;
 mod shutdown;

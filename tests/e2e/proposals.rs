@@ -16,7 +16,7 @@ const PROPOSALS: &str = "/api/v1/groups/g/proposals";
 
 /// Says what is skipped where policies were not built.
 #[expect(clippy::print_stderr, reason = "what is skipped is said")]
-fn has_policies() -> bool {
+pub(crate) fn has_policies() -> bool {
     let control = program("moeplane-control").unwrap();
     let built = control.parent().unwrap().parent().unwrap().join("policies/greedy_swap.wasm");
     if !built.exists() {
@@ -26,7 +26,7 @@ fn has_policies() -> bool {
 }
 
 /// Two ranks with a placement in force, and a window in which layer 1 has three times as many rows on rank 0.
-fn group(control: &Control) -> Vec<FakeWorker> {
+pub(crate) fn group(control: &Control) -> Vec<FakeWorker> {
     let mut workers = hold(control, [1, 1]);
     tell_load(control, &mut workers[0]);
     workers

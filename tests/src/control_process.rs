@@ -191,6 +191,16 @@ impl Control {
         Ok((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
     }
 
+    /// Status and body of a POST of a component by the admin.
+    pub fn upload(&self, path: &str, component: &[u8]) -> Result<(u16, Value)> {
+        let request = ureq::http::Request::builder().method("POST").uri(self.url(path));
+        let request = request.header("authorization", format!("Bearer {}", self.token));
+        let request = request.header("content-type", "application/wasm");
+        let mut response = self.agent()?.run(request.body(component)?)?;
+        let text = response.body_mut().read_to_string()?;
+        Ok((response.status().as_u16(), serde_json::from_str(&text).unwrap_or(Value::Null)))
+    }
+
     /// Status and text of any request; a body is JSON, or said to be. Streams of events have no text.
     pub fn send(
         &self,

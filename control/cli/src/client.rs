@@ -63,6 +63,11 @@ pub(crate) fn path(segments: &[&str]) -> String {
     format!("/api/v1/{}", escaped.collect::<Vec<_>>().join("/"))
 }
 
+/// A parameter of a query, escaped.
+pub(crate) fn parameter(name: &str, value: &str) -> String {
+    format!("{name}={}", utf8_percent_encode(value, SEGMENT))
+}
+
 /// Control, as one who has a token.
 pub(crate) struct Client {
     agent: Agent,
@@ -97,6 +102,11 @@ impl Client {
         self.answer(self.request("GET", path).body(String::new()))
     }
 
+    /// The bytes that a GET answers.
+    pub(crate) fn bytes(&self, path: &str) -> Result<Vec<u8>, Failed> {
+        self.answer_bytes(self.request("GET", path).body(String::new()))
+    }
+
     /// What a POST of JSON answers.
     pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value, Failed> {
         self.send("POST", path, body)
@@ -105,6 +115,12 @@ impl Client {
     /// What a PUT of JSON answers.
     pub(crate) fn put(&self, path: &str, body: &Value) -> Result<Value, Failed> {
         self.send("PUT", path, body)
+    }
+
+    /// What a POST of a component answers, `path` having the reason.
+    pub(crate) fn upload(&self, path: &str, component: &[u8]) -> Result<Value, Failed> {
+        let request = self.request("POST", path).header("content-type", "application/wasm");
+        self.parsed(&self.answer(request.body(component))?)
     }
 
     fn send(&self, method: &str, path: &str, body: &Value) -> Result<Value, Failed> {
@@ -121,18 +137,27 @@ impl Client {
 
     fn answer(
         &self,
-        request: Result<Request<String>, ureq::http::Error>,
+        request: Result<Request<impl ureq::AsSendBody>, ureq::http::Error>,
     ) -> Result<String, Failed> {
+        let bytes = self.answer_bytes(request)?;
+        let failed = || Failed::Answer { url: self.url.clone(), source: None };
+        String::from_utf8(bytes).map_err(|_no_text| failed())
+    }
+
+    fn answer_bytes(
+        &self,
+        request: Result<Request<impl ureq::AsSendBody>, ureq::http::Error>,
+    ) -> Result<Vec<u8>, Failed> {
         let reach = |source| Failed::Reach { url: self.url.clone(), source };
         let request = request.map_err(|error| reach(error.into()))?;
         let mut answer: Response<ureq::Body> = self.agent.run(request).map_err(reach)?;
         let status = answer.status().as_u16();
         let body = answer.body_mut().with_config().limit(u64::MAX);
-        let text = body.read_to_string().map_err(reach)?;
+        let bytes = body.read_to_vec().map_err(reach)?;
         if (200..300).contains(&status) {
-            return Ok(text);
+            return Ok(bytes);
         }
-        let problem = self.parsed(&text)?;
+        let problem = self.parsed(&String::from_utf8_lossy(&bytes))?;
         let title = problem["title"].as_str().unwrap_or("control refuses").to_owned();
         Err(Failed::Refused { status, title })
     }

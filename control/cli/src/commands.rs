@@ -6,9 +6,11 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::client::{Client, Failed, path};
+use crate::client::{Client, Failed, parameter, path};
 use crate::table::{self, Column};
-use crate::{Balancing, Command, Decide, Format, Group, Migration, Propose, Rollback, Token};
+use crate::{
+    Balancing, Command, Decide, Format, Group, Migration, Policy, Propose, Rollback, Token,
+};
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
 struct Shown<'a, W> {
@@ -77,6 +79,7 @@ pub(crate) fn run(
             let group = shown.group(group)?;
             shown.export(&group, format, out)
         }
+        Command::Policy(policy) => shown.policy(policy),
         Command::Token(token) => shown.token(token),
         Command::Audit { limit } => {
             let entries = shown.pages(&path(&["audit"]), limit.into())?;
@@ -208,6 +211,25 @@ const MOVES: &[Column] = &[
     ("GAIN", "/gain"),
 ];
 const IMPORTED: &[Column] = &[("LAYER", "/layer"), ("EPOCH", "/epoch"), ("CHANGED", "/changed")];
+const VERSIONS: &[Column] = &[
+    ("POLICY", "/name"),
+    ("DECIDES", "/kind"),
+    ("VERSION", "/version"),
+    ("ACTIVE", "/active"),
+    ("UPLOADED", "/uploaded_ms"),
+    ("BY", "/actor"),
+    ("DIGEST", "/digest"),
+];
+const VERDICTS: &[Column] =
+    &[("WHEN", "/at_ms"), ("GROUP", "/group"), ("DIGEST", "/digest"), ("VERDICT", "/text")];
+const TRIED: &[Column] = &[
+    ("GROUP", "/group"),
+    ("USES IT", "/uses"),
+    ("LAYERS", "/layers"),
+    ("FUEL", "/fuel"),
+    ("EXPLANATION", "/explanation"),
+    ("PROBLEM", "/problem"),
+];
 const TOKENS: &[Column] = &[
     ("ID", "/id"),
     ("NAME", "/name"),
@@ -236,6 +258,21 @@ const STATUS: &[Column] = &[
     ("OF LAYER", "/worst/layer"),
     ("PROBLEM", "/problem"),
 ];
+
+/// First digits of a digest that stand for it.
+const SHORTEST_DIGEST: usize = 4;
+
+/// The versions of a policy, each with the policy's name and kind.
+fn versions(policy: &Value) -> Vec<Value> {
+    let named = |version: &Value| {
+        let mut version = version.clone();
+        for member in ["name", "kind"] {
+            version[member] = policy[member].clone();
+        }
+        version
+    };
+    policy["versions"].as_array().into_iter().flatten().map(named).collect()
+}
 
 /// How far a rank is on its way to another placement of a layer.
 fn rank_in_words(rank: &Value) -> String {
@@ -520,6 +557,79 @@ impl<W: Write> Shown<'_, W> {
                 )
             }
         }
+    }
+
+    fn policy(&mut self, policy: Policy) -> Result<(), Failed> {
+        let of = |policy: &str, verb: &str| path(&["policies", policy, verb]);
+        match policy {
+            Policy::List => {
+                let all = self.client.get(&path(&["policies"]))?;
+                if self.json {
+                    return Ok(writeln!(self.out, "{all:#}")?);
+                }
+                let versions = all.as_array().into_iter().flatten().flat_map(versions).collect();
+                self.list(&Value::Array(versions), VERSIONS, "no policies")
+            }
+            Policy::Show { policy } => {
+                let digest = self.digest(&policy)?.unwrap_or(policy);
+                let found = self.client.get(&path(&["policies", &digest]))?;
+                self.versions(&found)
+            }
+            Policy::Upload { file, reason } => {
+                let component = match fs::read(&file) {
+                    Ok(component) => component,
+                    Err(source) => return Err(Failed::Read { path: file, source }),
+                };
+                let to = format!("{}?{}", path(&["policies"]), parameter("reason", &reason));
+                let made = self.client.upload(&to, &component)?;
+                if self.json {
+                    return Ok(writeln!(self.out, "{made:#}")?);
+                }
+                let text = |name: &str| made[name].as_str().unwrap_or_default();
+                let [name, version, digest] = ["name", "version", "digest"].map(text);
+                let before = if made["new"] == true { "" } else { ", which was there before" };
+                writeln!(self.out, "{name} {version}{before}\n{digest}")?;
+                self.list(&made["tried"], TRIED, "there is no group that it could be tried on")
+            }
+            Policy::Download { digest, out: path } => {
+                let digest = self.digest(&digest)?.unwrap_or(digest);
+                let component = self.client.bytes(&of(&digest, "component"))?;
+                fs::write(&path, component).map_err(|source| Failed::Write { path, source })
+            }
+            Policy::Activate { digest, reason } => {
+                let digest = self.digest(&digest)?.unwrap_or(digest);
+                let body = json!({ "reason": reason });
+                let now = self.client.post(&of(&digest, "activate"), &body)?;
+                self.versions(&now)
+            }
+            Policy::Rollback { policy, reason } => {
+                let body = json!({ "reason": reason });
+                let now = self.client.post(&of(&policy, "rollback"), &body)?;
+                self.versions(&now)
+            }
+        }
+    }
+
+    /// The digest that begins so, if one does and no other; names of policies are not shortened.
+    fn digest(&self, begin: &str) -> Result<Option<String>, Failed> {
+        let hexadecimal = begin.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if !hexadecimal || begin.len() < SHORTEST_DIGEST {
+            return Ok(None);
+        }
+        let all = self.client.get(&path(&["policies"]))?;
+        let versions = all.as_array().into_iter().flatten().flat_map(versions);
+        let digests = versions.filter_map(|version| Some(version["digest"].as_str()?.to_owned()));
+        let mut found: Vec<String> = digests.filter(|digest| digest.starts_with(begin)).collect();
+        Ok(if found.len() == 1 { found.pop() } else { None })
+    }
+
+    /// A policy with its versions, and what went wrong with it.
+    fn versions(&mut self, policy: &Value) -> Result<(), Failed> {
+        if self.json {
+            return Ok(writeln!(self.out, "{policy:#}")?);
+        }
+        self.list(&Value::Array(versions(policy)), VERSIONS, "no version is there")?;
+        self.list(&policy["verdicts"], VERDICTS, "nothing went wrong")
     }
 
     fn token(&mut self, token: Token) -> Result<(), Failed> {

@@ -150,6 +150,9 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
+    /// Policies: versions of them, and which are asked.
+    #[command(subcommand)]
+    Policy(Policy),
     /// Tokens: who may do what.
     #[command(subcommand)]
     Token(Token),
@@ -298,6 +301,49 @@ impl Format {
             Self::Deepseek => "deepseek",
         }
     }
+}
+
+#[derive(Subcommand)]
+enum Policy {
+    /// Every version of every policy.
+    List,
+    /// One policy: its versions, its settings, and what went wrong with it lately.
+    Show {
+        /// Its name, or the digest of a version or its first digits.
+        policy: String,
+    },
+    /// Uploads a version, and says what it would do with each group. Nothing is asked of it by its name before it is activated.
+    Upload {
+        /// The component, as `moeplane-policy build` makes it.
+        file: PathBuf,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
+    /// Writes the component of a version that was uploaded to a file.
+    Download {
+        /// The digest of the version, or its first digits.
+        digest: String,
+        /// The file.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Has a policy's name stand for a version.
+    Activate {
+        /// The digest of the version, or its first digits.
+        digest: String,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
+    /// Has a policy's name stand for what it stood for before.
+    Rollback {
+        /// Its name.
+        policy: String,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
 }
 
 #[derive(Subcommand)]

@@ -1,6 +1,6 @@
 //! The one error that the API answers, as problem+json. What is internal is logged, not returned.
 
-use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::rejection::{BytesRejection, JsonRejection, PathRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use policy_host::Verdict;
@@ -25,6 +25,8 @@ pub(crate) enum ApiError {
     Path(#[from] PathRejection),
     #[error("{}", .0.body_text())]
     Body(#[from] JsonRejection),
+    #[error("{}", .0.body_text())]
+    Bytes(#[from] BytesRejection),
     #[error("{name} is {value}, expected {expected}")]
     Value { name: &'static str, value: String, expected: String },
     #[error("the workers' credential is missing or wrong")]
@@ -106,6 +108,7 @@ impl ApiError {
             Self::Method => (StatusCode::METHOD_NOT_ALLOWED, "method"),
             Self::Query(_) => (StatusCode::BAD_REQUEST, "query"),
             Self::Path(_) => (StatusCode::BAD_REQUEST, "path"),
+            Self::Bytes(rejection) => (rejection.status(), "body"),
             Self::Body(rejection) => (rejection.status(), "body"),
             Self::Value { .. } => (StatusCode::BAD_REQUEST, "value"),
             Self::Credential => (StatusCode::UNAUTHORIZED, "credential"),
@@ -115,6 +118,7 @@ impl ApiError {
             Self::Length { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body"),
             Self::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
             Self::Policy(AskError::Unknown { .. }) => (StatusCode::NOT_FOUND, "not_found"),
+            Self::Policy(AskError::Store(_)) => (StatusCode::SERVICE_UNAVAILABLE, "database"),
             Self::Policy(AskError::Absent { .. }) => (StatusCode::CONFLICT, "policy_absent"),
             Self::Policy(AskError::Verdict { verdict, .. }) => match verdict {
                 Verdict::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "policy_busy"),

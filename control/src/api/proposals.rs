@@ -15,6 +15,7 @@ use super::views::Page;
 use crate::deciding::{Decision, Kept, Present, Standing};
 use crate::propose::{Wish, propose as propose_by, request};
 use crate::proposing::{Proposal, Tradeoff};
+use crate::registry::ask;
 use crate::state::{Shared, now_ms};
 use crate::store::audit::Entry;
 use crate::store::placements::PlaceError;
@@ -92,7 +93,7 @@ const BUDGETS: [u32; 5] = [0, 1, 2, 4, 8];
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct By {
-    /// A placement policy by its name; `greedy_swap` if not given.
+    /// A placement policy by its name, or the digest of a version; `greedy_swap` if not given.
     policy: Option<String>,
 }
 
@@ -116,7 +117,7 @@ pub(super) async fn tradeoffs(
         let budget = Budget { moves_per_layer: Some(moves), ..none };
         let request = Arc::new(Request { budget, ..request.clone() });
         let settings = NO_SETTINGS.to_owned();
-        let (_, answer) = state.policies.ask(&policy, settings, Arc::clone(&request)).await?;
+        let (_, answer) = ask(&state, &group, (&policy, settings), &request).await?;
         found.extend(Tradeoff::new(moves, &request, &answer.value));
     }
     Tradeoff::mark(&mut found);

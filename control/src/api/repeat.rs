@@ -12,7 +12,7 @@ use super::document::reads;
 use super::error::ApiError;
 use super::gate::Caller;
 use crate::access::sha256;
-use crate::limits::{IDEMPOTENCY_KEY_BYTES_MAX, KEYED_AT_ONCE_MAX, MESSAGE_BYTES_MAX};
+use crate::limits::{COMPONENT_BYTES_MAX, IDEMPOTENCY_KEY_BYTES_MAX, KEYED_AT_ONCE_MAX};
 use crate::state::{Shared, now_ms};
 use crate::store::answers::Answer;
 
@@ -63,9 +63,9 @@ pub(super) async fn keyed(
     }
     let running = Running::begin(&state, (token, key))?;
     let (parts, body) = request.into_parts();
-    let body = to_bytes(body, MESSAGE_BYTES_MAX).await.map_err(|error| {
+    let body = to_bytes(body, COMPONENT_BYTES_MAX).await.map_err(|error| {
         tracing::debug!(%error, "a body was cut");
-        ApiError::Length { max: MESSAGE_BYTES_MAX }
+        ApiError::Length { max: COMPONENT_BYTES_MAX }
     })?;
     let target = format!("{} {}\n", parts.method, parts.uri);
     let digest = sha256(&[target.as_bytes(), &body].concat());

@@ -10,6 +10,8 @@ mod agreement;
 mod authors;
 mod contract;
 #[cfg(feature = "compiler")]
+mod fixtures;
+#[cfg(feature = "compiler")]
 mod greedy_swap;
 #[cfg(feature = "compiler")]
 mod hostile;
