@@ -17,6 +17,7 @@ mod policies;
 mod proposals;
 mod repeat;
 mod rollback;
+mod shadows;
 mod tag;
 mod tokens;
 mod views;
@@ -82,6 +83,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(balancing::balancing, balancing::set))
+        .routes(routes!(shadows::shadows, shadows::set_shadows))
         .routes(routes!(policies::policies))
         .routes(routes!(policies::policy))
         .routes(routes!(policies::component))

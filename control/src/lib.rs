@@ -28,6 +28,8 @@ mod proposing;
 mod registry;
 mod serve;
 mod session;
+mod shadow;
+mod shadowing;
 mod state;
 mod store;
 pub mod tls;

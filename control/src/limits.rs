@@ -151,6 +151,12 @@ pub const STUCK_MS: u64 = 30_000;
 /// Verdicts on policies that are kept: one that fails at every question of an hour leaves room for the others.
 pub const VERDICTS_MAX: i64 = 10_000;
 
+/// Policies in the shadow of a group: as many plans come with every window.
+pub const SHADOWS_MAX: usize = 8;
+
+/// Scores of shadows that are kept: two days of windows of 10 s of a group with four.
+pub const SCORES_MAX: i64 = 100_000;
+
 /// Verdicts of a policy that are shown.
 pub const VERDICTS_SHOWN: u32 = 20;
 

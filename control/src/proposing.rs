@@ -304,6 +304,11 @@ impl Proposal {
     }
 }
 
+/// Experts that come to ranks by a plan, over all layers.
+pub(crate) fn moved_by(request: &Request, plan: &Plan) -> u64 {
+    plan.changes.iter().map(|change| proposed(request, change).moved).sum()
+}
+
 /// Whether a layer gains enough. What keeps experts from being lost needs no gain.
 fn is_worth(change: &placer::Change, minimum_gain: f32) -> bool {
     let needed = |step: &placer::Move| matches!(step.purpose, Purpose::Repair | Purpose::Drain);

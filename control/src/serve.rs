@@ -26,6 +26,7 @@ use crate::limits::{
 use crate::migrate;
 use crate::placing::PlacementFile;
 use crate::policies::Policies;
+use crate::shadow;
 use crate::state::{State, now_ms};
 use crate::store::audit::Entry;
 use crate::store::tokens::NewToken;
@@ -172,6 +173,7 @@ impl Server {
         let forgetting = tokio::spawn(forget(Arc::clone(&state)));
         let settling = tokio::spawn(tell_settled(Arc::clone(&state)));
         let advising = tokio::spawn(advise::run(Arc::clone(&state)));
+        let shadowing = tokio::spawn(shadow::run(Arc::clone(&state)));
         let migrating = tokio::spawn(migrate::run(Arc::clone(&state)));
         let ended = async move {
             end.await;
@@ -198,6 +200,7 @@ impl Server {
         settling.abort();
         advising.abort();
         migrating.abort();
+        shadowing.abort();
         state.store.close().await;
         fs::remove_file(&address).map_err(failed("remove", &address))?;
         tracing::info!("stopped");

@@ -6,6 +6,7 @@ pub(crate) mod events;
 pub(crate) mod placements;
 pub(crate) mod policies;
 pub(crate) mod proposals;
+pub(crate) mod scores;
 pub(crate) mod settings;
 pub(crate) mod tokens;
 pub(crate) mod windows;

@@ -6,9 +6,10 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tests::control_process::Control;
 use tests::fake_worker::FakeWorker;
+use tests::worker_process::until;
 
 use crate::command::{rows, run, run_as};
-use crate::proposals::{group, has_policies};
+use crate::proposals::{group, has_policies, tell_again};
 use crate::{assert_says, data};
 
 const POLICIES: &str = "/api/v1/policies";
@@ -181,4 +182,78 @@ fn the_command_uploads_lists_and_activates() {
     let back = folder.path().join("back.wasm");
     run(&control, &["policy", "download", &digest[..8], "--out", back.to_str().unwrap()]);
     assert!(fs::read(back).unwrap() == fs::read(file).unwrap());
+}
+
+/// Load moves from one half of the experts to the other in each window: who plans by the last one alone is wrong in the next.
+#[test]
+fn shadows_are_scored_by_the_window_that_comes_next() {
+    let Some((control, mut workers)) = start() else { return };
+    let shadows = "/api/v1/groups/g/shadows";
+    let traps = digest(&upload(&control, TRAPS));
+    let entrants = json!([{ "policy": "deepseek_eplb" }, { "policy": traps }]);
+    let body = json!({ "shadows": { "policies": entrants } });
+    let (status, view) = control.put(shadows, &body).unwrap();
+    assert_eq!((status, &view["league"]), (200, &json!([])), "{view}");
+    let before = control.get("/api/v1/groups/g/placements").unwrap().1;
+    // The same load as in the window before: what was planned for that is right.
+    let mut end_ms = 60_000;
+    let league = until("a league of three windows", || {
+        end_ms += 60_000;
+        tell_again(&control, &mut workers[0], end_ms);
+        let (_, view) = control.get(shadows)?;
+        let league = view["league"].clone();
+        let enough = league.as_array().is_some_and(|rows| {
+            rows.len() == 3
+                && rows.iter().all(|row| {
+                    row["windows"].as_u64() >= Some(2) || row["failed"].as_u64() >= Some(2)
+                })
+        });
+        Ok(enough.then_some(league))
+    })
+    .unwrap();
+    let row = |policy: &str| {
+        let mut rows = league.as_array().unwrap().iter();
+        rows.find(|row| row["policy"] == policy).unwrap().clone()
+    };
+    // 3000 rows of each expert of rank 0 and 1000 of rank 1's: 1.5 as it is; even, if two change places.
+    for policy in ["deepseek_eplb", "greedy_swap"] {
+        let row = row(policy);
+        assert_eq!((&row["max_over_mean"], &row["in_force"]), (&json!(1.0), &json!(1.5)), "{row}");
+        assert!(row["moved"].as_f64() > Some(0.0) && row["failed"] == json!(0), "{row}");
+    }
+    let failed = row(&traps);
+    assert_eq!((&failed["windows"], &failed["max_over_mean"]), (&json!(0), &Value::Null));
+    assert_says(failed["problem"].as_str().unwrap(), &["trapped"]);
+    assert_eq!(league[2]["policy"], json!(traps), "who has no score is last: {league}");
+    // Nothing was carried out.
+    assert_eq!(control.get("/api/v1/groups/g/placements").unwrap().1, before);
+    let said = run(&control, &["policy", "league"]);
+    assert_says(&said, &["deepseek_eplb", "1.500", "trapped"]);
+    let stop = ["policy", "shadow", &traps[..8], "--stop", "--reason", "it traps"];
+    assert!(!run(&control, &stop).split("WINDOWS").next().unwrap().contains(&traps));
+}
+
+#[test]
+fn who_cannot_be_asked_is_no_shadow() {
+    let Some((control, _workers)) = start() else { return };
+    let put = |policies: Value| {
+        let body = json!({ "shadows": { "policies": policies } });
+        let (status, problem) = control.put("/api/v1/groups/g/shadows", &body).unwrap();
+        (status, problem["title"].as_str().unwrap_or_default().to_owned())
+    };
+    let unlike = json!([{ "policy": "greedy_swap", "settings": { "nonsense": 1 } }]);
+    for (policies, status, says) in [
+        (json!([{ "policy": "nobody" }]), 404, "there is no policy nobody"),
+        (json!([{ "policy": "locality_split" }]), 400, "expected a placement policy"),
+        (unlike, 422, "the settings are refused"),
+        (
+            json!([{ "policy": "greedy_swap" }, { "policy": "greedy_swap" }]),
+            400,
+            "greedy_swap twice",
+        ),
+    ] {
+        let (got, title) = put(policies);
+        assert_eq!(got, status, "{title}");
+        assert_says(&title, &[says]);
+    }
 }

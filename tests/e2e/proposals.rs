@@ -374,7 +374,7 @@ fn standings(control: &Control) -> Vec<Value> {
 }
 
 /// A later window with the same load.
-fn tell_again(control: &Control, worker: &mut FakeWorker, end_ms: u64) {
+pub(crate) fn tell_again(control: &Control, worker: &mut FakeWorker, end_ms: u64) {
     let rows = vec![3000, 3000, 3000, 3000, 1000, 1000, 1000, 1000];
     let layers = vec![layer_window(1, Phase::Decode, rows)];
     let (number, start_ms, closed_by) = (1, 0, Some(end_ms));

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -220,6 +221,22 @@ const VERSIONS: &[Column] = &[
     ("BY", "/actor"),
     ("DIGEST", "/digest"),
 ];
+const SHADOWS: &[Column] = &[
+    ("SHADOW", "/policy"),
+    ("SETTINGS", "/settings"),
+    ("MOVES A LAYER", "/budget/moves_per_layer"),
+];
+const LEAGUE: &[Column] = &[
+    ("POLICY", "/policy"),
+    ("SETTINGS", "/settings"),
+    ("WINDOWS", "/windows"),
+    ("MAX/MEAN", "/max_over_mean"),
+    ("IN FORCE", "/in_force"),
+    ("WORST", "/worst"),
+    ("MOVED", "/moved"),
+    ("FAILED", "/failed"),
+    ("PROBLEM", "/problem"),
+];
 const VERDICTS: &[Column] =
     &[("WHEN", "/at_ms"), ("GROUP", "/group"), ("DIGEST", "/digest"), ("VERDICT", "/text")];
 const TRIED: &[Column] = &[
@@ -258,6 +275,13 @@ const STATUS: &[Column] = &[
     ("OF LAYER", "/worst/layer"),
     ("PROBLEM", "/problem"),
 ];
+
+/// So many hours ago, in milliseconds since 1970.
+fn hours_ago(hours: u32) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let then = now.saturating_sub(Duration::from_secs(u64::from(hours) * 3_600));
+    u64::try_from(then.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// First digits of a digest that stand for it.
 const SHORTEST_DIGEST: usize = 4;
@@ -602,12 +626,55 @@ impl<W: Write> Shown<'_, W> {
                 let now = self.client.post(&of(&digest, "activate"), &body)?;
                 self.versions(&now)
             }
+            Policy::Shadow { group, policy, settings, moves_per_layer, stop, reason } => {
+                let group = self.group(group)?;
+                let policy = self.digest(&policy)?.unwrap_or(policy);
+                let budget = json!({ "moves_per_layer": moves_per_layer });
+                let entrant =
+                    json!({ "policy": policy, "settings": object(settings)?, "budget": budget });
+                self.shadow(&path(&["groups", &group, "shadows"]), (entrant, stop), &reason)
+            }
+            Policy::League { group, hours } => {
+                let group = self.group(group)?;
+                let after_ms = hours.map_or(0, hours_ago);
+                let shadows = path(&["groups", &group, "shadows"]);
+                let found = self.client.get(&format!("{shadows}?after_ms={after_ms}"))?;
+                self.league(&found)
+            }
             Policy::Rollback { policy, reason } => {
                 let body = json!({ "reason": reason });
                 let now = self.client.post(&of(&policy, "rollback"), &body)?;
                 self.versions(&now)
             }
         }
+    }
+
+    /// Adds a shadow, or takes those of its policy away.
+    fn shadow(
+        &mut self,
+        path: &str,
+        (entrant, stop): (Value, bool),
+        reason: &str,
+    ) -> Result<(), Failed> {
+        let mut policies = self.client.get(path)?["policies"].take();
+        if let Some(policies) = policies.as_array_mut() {
+            if stop {
+                policies.retain(|known| known["policy"] != entrant["policy"]);
+            } else {
+                policies.push(entrant);
+            }
+        }
+        let body = json!({ "shadows": { "policies": policies }, "reason": reason });
+        let now = self.client.put(path, &body)?;
+        self.league(&now)
+    }
+
+    fn league(&mut self, shadows: &Value) -> Result<(), Failed> {
+        if self.json {
+            return Ok(writeln!(self.out, "{shadows:#}")?);
+        }
+        self.list(&shadows["policies"], SHADOWS, "nothing is asked in the shadow")?;
+        self.list(&shadows["league"], LEAGUE, "no window came after a plan yet")
     }
 
     /// The digest that begins so, if one does and no other; names of policies are not shortened.

@@ -336,6 +336,34 @@ enum Policy {
         #[arg(long)]
         reason: String,
     },
+    /// Asks a policy in the shadow of the one that a group is balanced by, whenever a window has settled. Nothing of it is
+    /// carried out.
+    Shadow {
+        #[command(flatten)]
+        group: Group,
+        /// Its name, or the digest of a version or its first digits.
+        policy: String,
+        /// Its settings, a JSON object.
+        #[arg(long, default_value = "{}")]
+        settings: String,
+        /// Most experts that may come to ranks in one layer.
+        #[arg(long)]
+        moves_per_layer: Option<u32>,
+        /// Asks it no more, whatever its settings.
+        #[arg(long)]
+        stop: bool,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: String,
+    },
+    /// How even a group would have been with the plans of its shadows, each in the window that came next.
+    League {
+        #[command(flatten)]
+        group: Group,
+        /// Only windows of so many last hours.
+        #[arg(long)]
+        hours: Option<u32>,
+    },
     /// Has a policy's name stand for what it stood for before.
     Rollback {
         /// Its name.

@@ -10,6 +10,7 @@ use super::audit::{self, Entry};
 use super::{Store, StoreError};
 use crate::balancing::Balancing;
 use crate::motion::Pace;
+use crate::shadowing::Shadows;
 
 /// A setting of a group, which has its default until somebody says otherwise.
 pub(crate) trait Setting: Serialize + DeserializeOwned + Default {
@@ -19,6 +20,10 @@ pub(crate) trait Setting: Serialize + DeserializeOwned + Default {
 
 impl Setting for Balancing {
     const KIND: &str = "balancing";
+}
+
+impl Setting for Shadows {
+    const KIND: &str = "shadows";
 }
 
 impl Setting for Pace {
