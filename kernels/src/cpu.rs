@@ -24,11 +24,14 @@ use self::compute::Scratch;
 use self::dispatch::{Garbled, Incoming, Outgoing};
 use self::slots::{Held, Layer, Slot};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::device::{CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError, check_call};
+use crate::device::{
+    CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError, NoSuchTactic, check_call,
+};
 use crate::group::{Announcement, Group, NO_LAYER, Role, behind, compare, flips};
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
-use crate::problem::{Form, LayerShape};
+use crate::problem::{ActFormat, Form, LayerShape};
+use crate::tactics::{BY_TOKENS, Buckets, Choice, Problem, Provenance};
 
 /// Bytes of a slot of a layer of `shape`.
 #[must_use]
@@ -86,6 +89,8 @@ pub struct CpuDevice {
     outgoing: Outgoing,
     incoming: Incoming,
     scratch: Scratch,
+    /// For each layer and activation format.
+    chosen: Vec<[Buckets<CpuTactic>; 2]>,
 }
 
 impl CpuSlots {
@@ -157,7 +162,9 @@ impl CpuDevice {
     #[must_use]
     pub fn new(slots: CpuSlots, group: Group) -> Self {
         let CpuSlots { isa, tactic, pool, layers } = slots;
+        let chosen = layers.iter().map(|_| Default::default()).collect();
         Self {
+            chosen,
             isa,
             tactic,
             group,
@@ -272,7 +279,10 @@ impl CpuDevice {
         if let Err(Garbled { source }) = self.receive((layer, form), announced, incoming, scratch) {
             return Err(self.group.give_up_garbled(source, number).into());
         }
-        self.compute(layer, form, incoming, scratch);
+        // The same on all ranks, also on those that bring no tokens.
+        let tokens = announced.iter().map(|a| a.tokens).max().unwrap_or(0);
+        let chosen = self.chosen[position][usize::from(form.act == ActFormat::Nvfp4)].get(tokens);
+        self.compute((layer, form, self.tactic.or(chosen)), incoming, scratch);
         self.group.be_done(number)?;
         self.group.end_call();
         if let Part::Calls { position, call } = *part {
@@ -322,6 +332,48 @@ impl Device for CpuDevice {
         describe(&self.pool, self.tactic, self.isa)
     }
 
+    fn provenance(&self) -> Provenance {
+        let threads = self.pool.current_num_threads();
+        Provenance {
+            device: format!("cpu, {}, {threads} threads", self.isa),
+            driver: processor(),
+            kernels: kernels_hash(),
+        }
+    }
+
+    fn tactics(&self) -> Vec<String> {
+        let legal =
+            |tactic: &CpuTactic| self.layers.iter().all(|layer| tactic.legal(&layer.shape).is_ok());
+        let all = CpuTactic::candidates(self.isa).into_iter().filter(legal);
+        std::iter::once(BY_TOKENS.to_owned()).chain(all.map(|tactic| tactic.to_string())).collect()
+    }
+
+    fn problem(&self, position: usize, act: ActFormat) -> Option<Problem> {
+        let layer = self.layers.get(position)?;
+        let slots = layer.held.slots.len() as u32;
+        Some(Problem::new(&layer.shape, (self.group.ranks(), slots), act))
+    }
+
+    fn choose(&mut self, choices: &[Choice]) -> Result<(), NoSuchTactic> {
+        let of = |position: usize, act| {
+            let layer = &self.layers[position];
+            let problem = self.problem(position, act);
+            let parse = |name: &str| {
+                let tactic = name.parse::<CpuTactic>().ok();
+                let legal = tactic.filter(|tactic| tactic.legal(&layer.shape).is_ok());
+                legal.ok_or_else(|| NoSuchTactic { name: name.to_owned(), known: self.tactics() })
+            };
+            problem.map_or_else(
+                || Ok(Buckets::default()),
+                |problem| Buckets::of(choices, &problem, parse),
+            )
+        };
+        let layer =
+            |position| Ok([of(position, ActFormat::Bf16)?, of(position, ActFormat::Nvfp4)?]);
+        self.chosen = (0..self.layers.len()).map(layer).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
     fn placed(&mut self) -> Option<&mut CpuDevice> {
         Some(self)
     }
@@ -351,6 +403,25 @@ impl Device for CpuDevice {
     fn group(&mut self) -> &mut Group {
         &mut self.group
     }
+}
+
+/// Names the processor as the system does.
+fn processor() -> String {
+    let facts = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = facts.lines().find_map(|line| line.strip_prefix("model name"));
+    let name = model.map(|rest| rest.trim_start_matches([' ', '\t', ':']).to_owned());
+    name.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
+
+/// Of the source whose speed is measured.
+fn kernels_hash() -> String {
+    let source = [
+        include_str!("cpu/compute.rs"),
+        include_str!("cpu/layout.rs"),
+        include_str!("cpu/product.rs"),
+        include_str!("cpu/simd.rs"),
+    ];
+    format!("{:016x}", xxhash_rust::xxh3::xxh3_64(source.concat().as_bytes()))
 }
 
 #[cfg(test)]

@@ -25,12 +25,15 @@ use self::launch::{Gpu, Grid, Memory, Pinned};
 use self::params::{Job, Pair, Params, Scalars};
 use crate::assignments::Assignments;
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::device::{CallError, Device, DeviceError, LayerCall, LoadError, check_call};
+use crate::device::{
+    CallError, Device, DeviceError, LayerCall, LoadError, NoSuchTactic, check_call,
+};
 use crate::group::Group;
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
 use crate::numeric::BLOCK;
 use crate::problem::{ActFormat, Form, LayerShape, WeightsIn};
+use crate::tactics::{BY_TOKENS, Buckets, Choice, Problem, Provenance};
 
 /// Threads of a block of simple kernels.
 const THREADS: usize = 128;
@@ -272,14 +275,14 @@ impl Kernels {
         })
     }
 
-    /// The tactic of a call with so many places.
-    fn tactic(&self, shape: &LayerShape, places: usize) -> CudaTactic {
+    /// The tactic of a call with so many places, for which `chosen` was measured to be the fastest.
+    fn tactic(&self, shape: &LayerShape, places: usize, chosen: Option<CudaTactic>) -> CudaTactic {
         let by_tokens = match places / shape.experts as usize {
             0..NARROW_FROM => CudaTactic::Streamed,
             NARROW_FROM..WIDE_FROM => CudaTactic::Narrow,
             _ => CudaTactic::Wide,
         };
-        self.tactic.unwrap_or(by_tokens)
+        self.tactic.or(chosen).unwrap_or(by_tokens)
     }
 
     /// Starts all of a call.
@@ -465,6 +468,9 @@ pub struct CudaDevice {
     workspace: Workspace,
     assignments: Assignments,
     group: Group,
+    provenance: Provenance,
+    /// For each layer and activation format.
+    chosen: Vec<[Buckets<CudaTactic>; 2]>,
 }
 
 /// Bytes of an expert of a layer of `shape`.
@@ -481,7 +487,13 @@ impl CudaDevice {
     /// [`CudaError`] for a machine without such a GPU; what is wrong with block scales.
     pub fn alone(options: &CudaOptions, checkpoint: &Checkpoint) -> Result<Self, LoadError> {
         let (context, name) = context(options.gpu)?;
-        let cubin = compile::cubin(&source::program(), &source::options(options), &options.cache)?;
+        let (program, flags) = (source::program(), source::options(options));
+        let cubin = compile::cubin(&program, &flags, &options.cache)?;
+        let provenance = Provenance {
+            device: name.clone(),
+            driver: driver_version(),
+            kernels: compile::key(&program, &flags, compile::version()?),
+        };
         let gpu = Gpu::new(context, cubin)?;
         let kernels = Kernels::new(&gpu, options.tactic)?;
         let mut layers = Vec::new();
@@ -493,16 +505,18 @@ impl CudaDevice {
         let heap = ShmHeap::alone(shape).map_err(LoadError::Device)?;
         let group = Group::new(Arc::new(heap), Duration::MAX);
         let assignments = Assignments::default();
-        Ok(Self { name, gpu, kernels, layers, workspace, assignments, group })
+        let chosen = layers.iter().map(|_| Default::default()).collect();
+        Ok(Self { name, gpu, kernels, layers, workspace, assignments, group, provenance, chosen })
     }
 
     /// Runs a call whose ids and weights are good.
     fn compute(&mut self, call: &LayerCall<'_>, position: usize) -> Result<(), CudaError> {
-        let Self { gpu, kernels, layers, workspace, assignments, .. } = self;
+        let Self { gpu, kernels, layers, workspace, assignments, chosen, .. } = self;
         let layer = &layers[position];
         let rows = call.tokens as usize * layer.shape.hidden as usize * 2;
         let size = (call.tokens, call.top_k);
-        let tactic = kernels.tactic(&layer.shape, size.0 as usize * size.1 as usize);
+        let chosen = chosen[position][usize::from(call.form.act == ActFormat::Nvfp4)].get(size.0);
+        let tactic = kernels.tactic(&layer.shape, size.0 as usize * size.1 as usize, chosen);
         let params = workspace.params(gpu, (layer, tactic), call.form, size)?;
         let Workspace { x, out, ids, weights, pinned, .. } = workspace;
         call.buffer.read(call.offsets.hidden, gpu.pin(pinned, rows)?);
@@ -515,6 +529,14 @@ impl CudaDevice {
         call.buffer.write(call.offsets.output, &*gpu.pin(pinned, rows)?);
         Ok(())
     }
+}
+
+/// The number that the kernel's part of the driver has, such as 580.65.06.
+fn driver_version() -> String {
+    let said = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    let number =
+        |word: &&str| word.contains('.') && word.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    said.split_whitespace().find(number).unwrap_or("unknown").to_owned()
 }
 
 /// Finds the driver, the compiler and the GPU. A missing library would panic later.
@@ -600,6 +622,34 @@ impl From<CudaError> for LoadError {
 impl Device for CudaDevice {
     fn describe(&self) -> String {
         format!("cuda, {}", self.name)
+    }
+
+    fn provenance(&self) -> Provenance {
+        self.provenance.clone()
+    }
+
+    fn tactics(&self) -> Vec<String> {
+        let all = CudaTactic::ALL.map(|tactic| tactic.name().to_owned());
+        std::iter::once(BY_TOKENS.to_owned()).chain(all).collect()
+    }
+
+    fn problem(&self, position: usize, act: ActFormat) -> Option<Problem> {
+        let shape = &self.layers.get(position)?.shape;
+        Some(Problem::new(shape, (1, shape.experts), act))
+    }
+
+    fn choose(&mut self, choices: &[Choice]) -> Result<(), NoSuchTactic> {
+        let parse = |name: &str| {
+            CudaTactic::named(name)
+                .ok_or_else(|| NoSuchTactic { name: name.to_owned(), known: self.tactics() })
+        };
+        let of = |layer: &Layer, act| {
+            let problem = Problem::new(&layer.shape, (1, layer.shape.experts), act);
+            Buckets::of(choices, &problem, parse)
+        };
+        let layer = |layer| Ok([of(layer, ActFormat::Bf16)?, of(layer, ActFormat::Nvfp4)?]);
+        self.chosen = self.layers.iter().map(layer).collect::<Result<_, _>>()?;
+        Ok(())
     }
 
     fn run(&mut self, call: &LayerCall<'_>) -> Result<(), CallError> {

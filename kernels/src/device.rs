@@ -25,6 +25,7 @@ use crate::group::{Group, GroupError, Mismatch};
 use crate::memory::SharedMemory;
 use crate::problem::{ActFormat, Form, TOP_K_MAX};
 use crate::route::RouteTable;
+use crate::tactics::{Choice, Problem, Provenance};
 
 /// Where the tensors of a call lie in a buffer that engine and device share, in bytes from its
 /// start: hidden states bf16 `[T, h]`, expert ids i32 `[T, k]`, their weights f32 `[T, k]`, and the
@@ -227,10 +228,36 @@ pub enum LoadError {
     Device(#[from] DeviceError),
 }
 
+/// A name that none of a device's tactics has, or one that cannot run a layer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no tactic {name} that runs here, expected one of {known:?}")]
+pub struct NoSuchTactic {
+    /// The name.
+    pub name: String,
+    /// Those that there are.
+    pub known: Vec<String>,
+}
+
 /// A rank's device.
 pub trait Device: Send {
     /// The device in words, for logs.
     fn describe(&self) -> String;
+
+    /// What measurements of its tactics hold for.
+    fn provenance(&self) -> Provenance;
+
+    /// Names of the tactics that can run all of its layers; the first is [`BY_TOKENS`](crate::tactics::BY_TOKENS).
+    fn tactics(&self) -> Vec<String>;
+
+    /// What the layer at `position` is, in a format.
+    fn problem(&self, position: usize, act: ActFormat) -> Option<Problem>;
+
+    /// From now on calls get the tactics of their buckets, unless the device was made for one; choices of other problems are
+    /// passed over.
+    ///
+    /// # Errors
+    /// [`NoSuchTactic`]; everything stays as it was.
+    fn choose(&mut self, choices: &[Choice]) -> Result<(), NoSuchTactic>;
 
     /// The device as one that can hold another placement while calls go on; none if it cannot.
     fn placed(&mut self) -> Option<&mut CpuDevice> {

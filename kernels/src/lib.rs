@@ -20,5 +20,6 @@ pub mod memory;
 pub mod numeric;
 pub mod problem;
 pub mod route;
+pub mod tactics;
 
 pub use routing;

@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 pub const TOP_K_MAX: u32 = 16;
 
 /// What crosses the wire and feeds the matrix products.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum ActFormat {
     /// bf16 activations against NVFP4 weights.

@@ -19,6 +19,7 @@ mod policies;
 mod proposals;
 mod raw;
 mod shutdown;
+mod tactics;
 
 use std::path::{Path, PathBuf};
 

@@ -95,6 +95,9 @@ pub struct DeviceConfig {
     /// One tactic for every call, by name; by default each expert gets one by its tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tactic: Option<String>,
+    /// File with tactics as `tune` measured them; those of another device, driver or kernel are not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tactics: Option<PathBuf>,
 }
 
 /// What computes.
@@ -230,6 +233,8 @@ pub struct DeviceSettings {
     pub isa: Option<Isa>,
     /// See [`DeviceConfig::tactic`].
     pub tactic: Option<String>,
+    /// See [`DeviceConfig::tactics`].
+    pub tactics: Option<PathBuf>,
 }
 
 /// See [`LogConfig`].
@@ -267,7 +272,13 @@ impl Settings {
             threads: self.device.threads.or(file.device.threads).unwrap_or(0),
             isa: self.device.isa.or(file.device.isa),
             tactic: self.device.tactic.or(file.device.tactic),
+            tactics: self.device.tactics.or(file.device.tactics),
         };
+        if let (Some(_), Some(path)) = (&device.tactic, &device.tactics) {
+            let (key, value) = ("device.tactics", path.display().to_string());
+            let expected = "none where device.tactic is one for every call".to_owned();
+            return Err(ConfigError::Value { key, value, expected });
+        }
         if device.kind == DeviceKind::Cuda && group.is_some() {
             let (key, value) = ("device.kind", "cuda".to_owned());
             let expected = "cpu in a group: GPUs serve alone for now".to_owned();

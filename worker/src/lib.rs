@@ -15,6 +15,7 @@ mod pulse;
 mod rank;
 mod socket;
 mod start;
+pub mod tactics;
 mod uplink;
 mod watch;
 mod wire;

@@ -48,6 +48,12 @@ pub const GROUP_TOKENS_DEFAULT: u32 = 1_024;
 /// a busy processor takes, and short enough to be waited for.
 pub const DEADLINE_MS_DEFAULT: u64 = 2_000;
 
+/// Calls of a tactic that are timed for one size.
+pub const TUNE_RUNS: u32 = 50;
+
+/// After so long no more are than a few.
+pub const TUNE_SECONDS: Duration = Duration::from_secs(5);
+
 /// Orders of control that may wait for the rank's thread: two for each layer of the deepest models.
 pub const ORDERS_MAX: usize = 512;
 

@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stderr, reason = "commands answer on the terminal")]
 
+use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use kernels::cpu::Isa;
 use settings::BAD_CONFIG;
@@ -15,9 +17,10 @@ use signal_hook::low_level::pipe;
 use tracing_subscriber::EnvFilter;
 use worker::check::Question;
 use worker::config::{
-    Config, ConfigError, ControlSettings, DeviceKind, DeviceSettings, EngineSettings,
+    Config, ConfigError, ControlSettings, DeviceConfig, DeviceKind, DeviceSettings, EngineSettings,
     GroupSettings, LogConfig, LogFormat, LogSettings, Settings,
 };
+use worker::tactics::{Shown, Tune, TuneError};
 use worker::{Rank, StartError};
 
 #[derive(Parser)]
@@ -52,6 +55,34 @@ enum Command {
         /// Most tokens of a call.
         #[arg(long)]
         max_tokens: Option<u32>,
+    },
+    /// Times every tactic that can run the model's layers on this device, for calls of several sizes, and writes what is
+    /// fastest to a file for `run --tactics`.
+    Tune {
+        /// Folder of the checkpoint.
+        #[arg(long)]
+        model: PathBuf,
+        /// Where the table is written.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Tokens of calls, ascending.
+        #[arg(long, value_delimiter = ',', default_value = "1,4,16,64,256,1024")]
+        tokens: Vec<u32>,
+        /// What computes: cpu or cuda.
+        #[arg(long)]
+        device: Option<DeviceKind>,
+        /// Number of the GPU.
+        #[arg(long, default_value_t = 0)]
+        gpu: usize,
+        /// Folder of compiled device code; the user's cache by default.
+        #[arg(long)]
+        cubin_cache: Option<PathBuf>,
+        /// Threads of the CPU device; 0 takes one for each core.
+        #[arg(long, default_value_t = 0)]
+        threads: usize,
+        /// Instructions of the CPU device: scalar, avx2 or avx512; the fastest otherwise.
+        #[arg(long)]
+        isa: Option<Isa>,
     },
     /// Prints the configuration with every default filled in.
     Config(Options),
@@ -120,6 +151,9 @@ struct Options {
     /// One tactic for every call, such as avx512-t12-p256.
     #[arg(long)]
     tactic: Option<String>,
+    /// File with tactics as `tune` measured them.
+    #[arg(long, value_name = "FILE")]
+    tactics: Option<PathBuf>,
     /// What is logged, such as info or worker=debug.
     #[arg(long)]
     log: Option<String>,
@@ -157,6 +191,7 @@ impl Options {
                 threads,
                 isa,
                 tactic,
+                tactics: self.tactics,
             },
             log: LogSettings { filter: log, format },
         };
@@ -175,6 +210,16 @@ fn main() -> ExitCode {
             (true, options)
         }
         Command::Config(options) => (false, options),
+        Command::Tune { model, out, tokens, device, gpu, cubin_cache, threads, isa } => {
+            let kind = device.unwrap_or_default();
+            let (tactic, tactics) = (None, None);
+            let device = DeviceConfig { kind, gpu, cubin_cache, threads, isa, tactic, tactics };
+            return match tune(&Tune { model, device, tokens }, &out) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) if error.is::<ConfigError>() => failed(&error, BAD_CONFIG),
+                Err(error) => failed(&error, 1),
+            };
+        }
         Command::Check { model, ranks, slots, max_tokens } => {
             return match check(&Question { model, ranks, slots, max_tokens }) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -229,6 +274,17 @@ fn serve(config: &Config) -> anyhow::Result<()> {
         pipe::register(signal, signalled.try_clone()?)?;
     }
     Ok(Rank::start(config)?.serve(&stop)?)
+}
+
+fn tune(tune: &Tune, out: &Path) -> anyhow::Result<()> {
+    use io::Write;
+    let table = tune.run().map_err(|error| match error {
+        TuneError::Config(error) => error.into(),
+        error => anyhow::Error::from(error),
+    })?;
+    let text = serde_json::to_vec_pretty(&table)?;
+    fs::write(out, text).with_context(|| format!("cannot write {}", out.display()))?;
+    Ok(write!(io::stdout(), "{}", Shown(&table))?)
 }
 
 fn check(question: &Question) -> anyhow::Result<()> {

@@ -25,6 +25,7 @@ use crate::model::Model;
 use crate::placement::{PlaceError, Placements};
 use crate::pulse::now_ms;
 use crate::socket::Listener;
+use crate::tactics::{TableError, use_table};
 use crate::uplink::Uplink;
 use crate::watch::Watch;
 
@@ -52,6 +53,9 @@ pub enum StartError {
     /// A device that cannot hold the model.
     #[error("the device cannot hold the model")]
     Load(#[from] LoadError),
+    /// A table of tactics that cannot be read.
+    #[error(transparent)]
+    Tactics(#[from] TableError),
     /// A thread that cannot be started.
     #[error("peers cannot be watched for")]
     Watch(#[source] io::Error),
@@ -104,6 +108,9 @@ impl Rank {
             }
             (Some(group), _) => known.in_group(group, options)?,
         };
+        if let Some(path) = &config.device.tactics {
+            use_table(&mut *device, path)?;
+        }
         let heap = Arc::clone(device.group().heap());
         let watch = config.group.is_some().then(|| Watch::start(&heap)).transpose();
         let watch = watch.map_err(StartError::Watch)?;

@@ -163,16 +163,23 @@ struct Passes<'a> {
     device: &'a CpuDevice,
     layer: &'a Layer,
     form: Form,
+    /// Of every expert; by default each gets one by its tokens.
+    tactic: Option<CpuTactic>,
     incoming: &'a Incoming,
     parallel: bool,
 }
 
 impl CpuDevice {
     /// Computes the terms of all pairs.
-    pub(super) fn compute(&self, layer: &Layer, form: Form, incoming: &Incoming, s: &mut Scratch) {
+    pub(super) fn compute(
+        &self,
+        (layer, form, tactic): (&Layer, Form, Option<CpuTactic>),
+        incoming: &Incoming,
+        s: &mut Scratch,
+    ) {
         let shape = layer.shape;
         let parallel = s.is_parallel(incoming.pairs(), &shape);
-        let passes = Passes { device: self, layer, form, incoming, parallel };
+        let passes = Passes { device: self, layer, form, tactic, incoming, parallel };
         let row_bytes = shape.hidden as usize * size_of::<f32>()
             + shape.intermediate as usize * (size_of::<bf16>() + size_of::<f32>());
         let wave_rows = (WAVE_BYTES / row_bytes).max(1);
@@ -209,7 +216,7 @@ impl Passes<'_> {
         let heuristic = || CpuTactic::heuristic(device.isa, pairs.len());
         Unit {
             pairs,
-            tactic: device.tactic.unwrap_or_else(heuristic),
+            tactic: self.tactic.unwrap_or_else(heuristic),
             fc1,
             fc2,
             activation: Activation { scalars, swiglu: layer.shape.swiglu, form: *form },

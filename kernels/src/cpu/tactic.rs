@@ -145,6 +145,18 @@ impl CpuTactic {
         Ok(())
     }
 
+    /// Those that are worth a measurement with these instructions, whatever the layer.
+    #[must_use]
+    pub fn candidates(isa: Isa) -> Vec<Self> {
+        let tiles: &[u32] = match isa {
+            Isa::Avx512 => &[4, 8, TOKEN_TILE_MAX as u32],
+            Isa::Avx2 => &[2, 4],
+            Isa::Scalar => &[2, 4],
+        };
+        let of_tile = |&token_tile: &u32| [0, PANEL].map(|panel| Self { isa, token_tile, panel });
+        tiles.iter().flat_map(of_tile).collect()
+    }
+
     /// A good tactic for an expert that has `rows` tokens.
     #[must_use]
     pub fn heuristic(isa: Isa, rows: usize) -> Self {
@@ -231,6 +243,10 @@ mod tests {
             for rows in [1, 5, 500] {
                 assert_eq!(CpuTactic::heuristic(isa, rows).legal(&wide), Ok(()));
             }
+            let candidates = CpuTactic::candidates(isa);
+            assert!(candidates.iter().all(|tactic| tactic.legal(&wide).is_ok()), "{candidates:?}");
+            let heuristics = [1, 500].map(|rows| CpuTactic::heuristic(isa, rows));
+            assert!(heuristics.iter().all(|tactic| candidates.contains(tactic)), "{candidates:?}");
         }
     }
 }

@@ -200,3 +200,34 @@ fn a_tactic_that_cannot_run_is_refused_by_name() {
     let refused = CpuDevice::alone(options, &checkpoint, 512).unwrap_err();
     assert_eq!(refused.to_string(), "tactic scalar-t4-p512 cannot run");
 }
+
+/// What was measured is used, and changes no bit.
+#[test]
+fn calls_get_the_tactics_of_their_buckets() {
+    let mut rig = Rig::new(SKEWED, CpuOptions { threads: 2, ..CpuOptions::default() });
+    let form = Form::default();
+    let whole = rig.all(form);
+    let names = rig.device.tactics();
+    assert_eq!(names[0], BY_TOKENS);
+    let problem = rig.device.problem(0, form.act).unwrap();
+    let choice = |tokens, tactic: &str| Choice { problem, tokens, tactic: tactic.to_owned() };
+    for name in &names[1..] {
+        rig.device.choose(&[choice(1, BY_TOKENS), choice(1_000, name)]).unwrap();
+        let chosen = &rig.device.chosen[0][0];
+        assert_eq!(chosen.get(1), None);
+        assert_eq!(chosen.get(2).map(|tactic| tactic.to_string()).as_ref(), Some(name));
+        assert!(rig.all(form) == whole, "{name}");
+    }
+    let before = rig.device.chosen.clone();
+    for wrong in ["fast", "scalar-t4-p4096"] {
+        let error = rig.device.choose(&[choice(1, wrong)]).unwrap_err();
+        assert_eq!((&error.name[..], &error.known), (wrong, &names));
+        assert_eq!(rig.device.chosen, before, "everything stays as it was");
+    }
+    rig.device.choose(&[]).unwrap();
+    assert_eq!(rig.device.chosen[0][0].get(2), None);
+    // With other threads times are others.
+    let other = Rig::new(SKEWED, CpuOptions { threads: 3, ..CpuOptions::default() });
+    let stale = rig.device.provenance().holds(&other.device.provenance()).unwrap_err();
+    assert!(stale.to_string().contains("2 threads"), "{stale}");
+}

@@ -90,7 +90,7 @@ impl CudaBench {
     pub fn time(&mut self, ids: &[i32], top_k: u32, form: Form) -> Result<Timing, CudaError> {
         let Self { gpu, kernels, layer, workspace, .. } = self;
         let tokens = ids.len() as u32 / top_k;
-        let tactic = kernels.tactic(&layer.shape, ids.len());
+        let tactic = kernels.tactic(&layer.shape, ids.len(), None);
         let params = workspace.params(gpu, (layer, tactic), form, (tokens, top_k))?;
         let rows = tokens as usize * layer.shape.hidden as usize;
         // bf16 near 1, without two alike: power depends on the bits.

@@ -91,7 +91,7 @@ pub fn default_cache() -> PathBuf {
     cache.unwrap_or_else(std::env::temp_dir).join("moeplane/cubin")
 }
 
-fn key(source: &str, options: &[String], version: (i32, i32)) -> String {
+pub(super) fn key(source: &str, options: &[String], version: (i32, i32)) -> String {
     let mut hash = Sha256::new();
     hash.update(format!("{version:?} {options:?}\n"));
     hash.update(source);
@@ -104,7 +104,7 @@ fn checked(entry: Vec<u8>) -> Option<Vec<u8>> {
     (Sha256::digest(cubin)[..] == *hash).then(|| cubin.to_vec())
 }
 
-fn version() -> Result<(i32, i32), CudaError> {
+pub(super) fn version() -> Result<(i32, i32), CudaError> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: two valid places for an int each; the library was found to be there.
     let code = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };

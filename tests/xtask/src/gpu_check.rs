@@ -28,6 +28,10 @@ step() {
 step "against golden cases and the cpu device" ./moeplane-cases gpu-check data
 step "golden cases through worker processes" ./moeplane-cases check-cases data/moe-golden --device cuda
 step "cases of the original system, and functional shapes" ./moeplane-cases conformance data/cases.json --device cuda
+tuned() {
+    ./moeplane-worker tune --device cuda --model data/tiny-kjv-moe/model-nvfp4 --out tactics.json --tokens 1,8,64,256
+}
+step "tactics of a small model" tuned
 step "times on layers of public models" ./moeplane-cases gpu-bench ${ROUTING:+--routing "$ROUTING"} ${PEER:+--peer "$PEER"}
 step "demo through a worker process" ./moeplane-cases demo data/tiny-kjv-moe --device cuda --alone --once --seconds 2
 if command -v compute-sanitizer >/dev/null; then
