@@ -18,6 +18,7 @@ mod proposals;
 mod repeat;
 mod rollback;
 mod shadows;
+mod tactics;
 mod tag;
 mod tokens;
 mod views;
@@ -84,6 +85,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(balancing::balancing, balancing::set))
         .routes(routes!(shadows::shadows, shadows::set_shadows))
+        .routes(routes!(tactics::tactics, tactics::set_chooser))
         .routes(routes!(policies::policies))
         .routes(routes!(policies::policy))
         .routes(routes!(policies::component))

@@ -8,9 +8,10 @@ use protocol::session::{
     FromControl, Heartbeat, LayerPlacement, LayerStaging, ModelInfo, Register, SESSION_VERSION,
     SESSION_VERSION_OLDEST,
 };
+use protocol::tactics::Tactics;
 use tokio::sync::mpsc;
 
-use crate::limits::{COMMANDS_MAX, NAME_BYTES_MAX, RANKS_MAX};
+use crate::limits::{COMMANDS_MAX, COUNT_MAX, NAME_BYTES_MAX, RANKS_MAX, TACTICS_MAX};
 use crate::migrating::RankLayer;
 use crate::placing::{fits, rooms};
 
@@ -60,6 +61,8 @@ pub(crate) struct Worker {
     staging: Vec<LayerStaging>,
     /// How fast it copies at most, if it has said so.
     throttle: Option<u64>,
+    /// What it knows of its tactics, if it has said so.
+    tactics: Option<Tactics>,
     /// The session that speaks for it, by number, and how to have it do something.
     session: Option<(u64, mpsc::Sender<Command>)>,
     /// Whether its registration is in the store: nothing is shown that a restart would forget.
@@ -151,6 +154,7 @@ impl Fleet {
             holds: false,
             staging: Vec::new(),
             throttle: None,
+            tactics: None,
             session: None,
             kept: true,
         };
@@ -193,6 +197,7 @@ impl Fleet {
             holds: false,
             staging: Vec::new(),
             throttle: None,
+            tactics: None,
             session: Some((session, command)),
             kept: false,
         };
@@ -263,6 +268,27 @@ impl Fleet {
         if let Some(worker) = self.of_session(of, session) {
             (worker.staging, worker.throttle) = (staging, throttle);
         }
+    }
+
+    /// A worker says what it knows of its tactics.
+    pub(crate) fn tell_tactics(
+        &mut self,
+        of: &Register,
+        session: u64,
+        tactics: Tactics,
+    ) -> Result<(), Refusal> {
+        check_tactics(&tactics)?;
+        if let Some(worker) = self.of_session(of, session) {
+            worker.tactics = Some(tactics);
+        }
+        Ok(())
+    }
+
+    /// What the ranks of a group that have a session say of their tactics.
+    pub(crate) fn tactics(&self, group: &str) -> Vec<(u32, Tactics)> {
+        let workers = self.groups.get(group).into_iter().flatten();
+        let there = workers.filter(|(_, worker)| worker.session.is_some());
+        there.filter_map(|(rank, worker)| Some((*rank, worker.tactics.clone()?))).collect()
     }
 
     /// Ranks of a group that keep to another throttle than this.
@@ -451,6 +477,34 @@ fn check_held(of: &Register, held: &[LayerPlacement]) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Refuses what no device says of its tactics.
+fn check_tactics(tactics: &Tactics) -> Result<(), Refusal> {
+    let value = |what, got: String, expected: String| Err(Refusal::Value { what, got, expected });
+    for (what, count) in [
+        ("the number of problems", tactics.problems.len()),
+        ("the number of tactics", tactics.candidates.len()),
+        ("the number of measurements", tactics.measurements.len()),
+        ("the number of choices", tactics.chosen.len()),
+    ] {
+        if count > TACTICS_MAX {
+            return value(what, count.to_string(), format!("at most {TACTICS_MAX}"));
+        }
+    }
+    for measured in &tactics.measurements {
+        for us in [measured.median_us, measured.p99_us] {
+            if !(us.is_finite() && us > 0.0) {
+                let expected = "a finite time of more than 0 us".to_owned();
+                return value("a measured time", us.to_string(), expected);
+            }
+        }
+        if measured.measured_ms > COUNT_MAX {
+            let got = measured.measured_ms.to_string();
+            return value("the time of a measurement", got, format!("at most {COUNT_MAX}"));
+        }
+    }
+    Ok(())
+}
+
 fn check_same(new: &Register, known: &Register) -> Result<(), Refusal> {
     let facts = |register: &Register| {
         let Register { ranks, model, slots_per_rank, .. } = register;
@@ -545,7 +599,7 @@ pub(crate) mod tests {
             fleet.admit(&other, 0, PATIENCE).unwrap_err().to_string()
         };
         let cases: [(Change, &str); 7] = [
-            (|r| r.version = 9, "session version is 9, expected 1 to 4"),
+            (|r| r.version = 9, "session version is 9, expected 1 to 5"),
             (|r| r.group = "a/b".to_owned(), "the group's name is a/b, expected 1 to 64 letters"),
             (|r| r.ranks = 0, "ranks is 0, expected 1 to 1024"),
             (|r| r.rank = 2, "rank is 2, expected 0 to 1"),

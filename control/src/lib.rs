@@ -13,6 +13,8 @@ mod advise;
 mod api;
 mod balance;
 mod balancing;
+mod choose;
+mod choosing;
 pub mod config;
 mod deciding;
 mod exchange;

@@ -133,6 +133,12 @@ pub const OPEN_PROPOSALS_LOOKED_AT: usize = 60;
 /// How often control looks at least whether ranks are to be told something about placements: orders that were lost come again.
 pub const MIGRATE_TICK_MS: u64 = 1_000;
 
+/// How often control looks at least whether workers use the tactics that were chosen.
+pub const CHOOSE_TICK_MS: u64 = 1_000;
+
+/// Candidates, problems, measurements and choices of a worker: far more than devices have.
+pub const TACTICS_MAX: usize = 4_096;
+
 /// Shortest time between two such looks: what all ranks say at about the same time is looked at together.
 pub const MIGRATE_REST_MS: u64 = 20;
 

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use crate::access::{Role, new_secret, sha256};
 use crate::advise;
 use crate::api;
+use crate::choose;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::limits::{
@@ -174,6 +175,7 @@ impl Server {
         let settling = tokio::spawn(tell_settled(Arc::clone(&state)));
         let advising = tokio::spawn(advise::run(Arc::clone(&state)));
         let shadowing = tokio::spawn(shadow::run(Arc::clone(&state)));
+        let choosing = tokio::spawn(choose::run(Arc::clone(&state)));
         let migrating = tokio::spawn(migrate::run(Arc::clone(&state)));
         let ended = async move {
             end.await;
@@ -201,6 +203,7 @@ impl Server {
         advising.abort();
         migrating.abort();
         shadowing.abort();
+        choosing.abort();
         state.store.close().await;
         fs::remove_file(&address).map_err(failed("remove", &address))?;
         tracing::info!("stopped");

@@ -148,6 +148,11 @@ async fn serve(
                     state.fleet().stage(register, admitted.session, staging);
                     state.staged.notify_one();
                 }
+                Some(FromWorker::Tactics(tactics)) => {
+                    state.fleet().tell_tactics(register, admitted.session, *tactics.clone())?;
+                    state.store.keep_measurements(&tactics).await?;
+                    state.tactics_told.notify_one();
+                }
                 Some(again @ FromWorker::Register(_)) => {
                     return Err(Ended::Order { got: name(&again), expected: "a heartbeat" });
                 }
@@ -217,6 +222,7 @@ fn name(message: &FromWorker) -> &'static str {
         FromWorker::Register(_) => "a registration",
         FromWorker::Holds { .. } => "what it holds",
         FromWorker::Staging { .. } => "what is on its way",
+        FromWorker::Tactics(_) => "what it knows of tactics",
         FromWorker::Heartbeat(_) => "a heartbeat",
         FromWorker::Window(_) => "a window",
     }

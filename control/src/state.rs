@@ -35,6 +35,8 @@ pub(crate) struct State {
     motions: Mutex<BTreeMap<String, Motions>>,
     /// Told when a rank has said something new of what is on its way.
     pub(crate) staged: Notify,
+    /// Told when a worker has said something new of its tactics.
+    pub(crate) tactics_told: Notify,
     /// Idempotency keys, by token, whose requests run.
     running: Mutex<BTreeSet<(u64, String)>>,
     /// Places of workers' sessions: all are free again when no session is left.
@@ -55,6 +57,7 @@ impl State {
         let rates = Mutex::new(Rates::new(per_second, per_second.saturating_mul(BURST_SECONDS)));
         let (fleet, running, advice) = (Mutex::new(fleet), Mutex::default(), Mutex::default());
         let (motions, staged) = (Mutex::default(), Notify::new());
+        let tactics_told = Notify::new();
         let sessions = Arc::new(Semaphore::new(SESSIONS_MAX as usize));
         let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
         Self {
@@ -68,6 +71,7 @@ impl State {
             advice,
             motions,
             staged,
+            tactics_told,
             running,
             sessions,
             watchers,

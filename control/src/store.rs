@@ -8,6 +8,7 @@ pub(crate) mod policies;
 pub(crate) mod proposals;
 pub(crate) mod scores;
 pub(crate) mod settings;
+pub(crate) mod tactics;
 pub(crate) mod tokens;
 pub(crate) mod windows;
 
@@ -83,6 +84,9 @@ pub enum StoreError {
         #[source]
         source: serde_json::Error,
     },
+    /// The same.
+    #[error("what is kept of tactics cannot be read")]
+    Tactics(#[source] serde_json::Error),
     /// The same.
     #[error("what is kept of the policy {digest} cannot be read")]
     Policy {

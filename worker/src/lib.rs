@@ -10,6 +10,7 @@ pub mod limits;
 mod load;
 mod migrate;
 mod model;
+mod orders;
 mod placement;
 mod pulse;
 mod rank;

@@ -4,8 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Weak};
@@ -18,6 +17,7 @@ use kernels::device::{Device, LoadError};
 use protocol::session::{FromControl, LayerPlacement, LayerStaging};
 
 use crate::limits::{ORDERS_MAX, STAGE_AGAIN, STAGE_BYTES_PER_SECOND, STAGE_LOOK, STAGE_REPORT};
+use crate::orders::Bell;
 use crate::placement::Placements;
 use crate::pulse::Pulse;
 
@@ -34,32 +34,6 @@ enum OrderError {
     Load(#[from] LoadError),
     #[error("the thread that stages is busy or gone")]
     Busy,
-}
-
-/// Where orders are put for the rank's thread.
-#[derive(Debug, Clone)]
-pub(crate) struct Orders {
-    orders: SyncSender<FromControl>,
-    wake: Arc<UnixStream>,
-}
-
-impl Orders {
-    /// Has the rank's thread take an order; false if too many wait, and it is to come again.
-    pub(crate) fn put(&self, order: FromControl) -> bool {
-        let put = self.orders.try_send(order).is_ok();
-        wake(&self.wake);
-        put
-    }
-}
-
-/// Wakes the rank's thread: a pipe that is full wakes it as well.
-fn wake(pipe: &UnixStream) {
-    match (&*pipe).write_all(&[1]) {
-        Err(error) if error.kind() != ErrorKind::WouldBlock => {
-            tracing::error!(%error, "the rank cannot be woken any more");
-        }
-        _ => {}
-    }
 }
 
 /// How much of a placement is to be derived.
@@ -110,9 +84,6 @@ type Remember = Box<dyn Fn(&Placements) -> io::Result<()> + Send>;
 
 /// The rank's part in migrations.
 pub(crate) struct Migrate {
-    /// Readable when there is something to take.
-    pub(crate) bell: UnixStream,
-    orders: Receiver<FromControl>,
     jobs: SyncSender<Job>,
     done: Receiver<Done>,
     /// Most bytes that are derived in a second; 0 pauses.
@@ -126,28 +97,22 @@ pub(crate) struct Migrate {
 }
 
 impl Migrate {
-    /// Starts the thread that stages; it ends when this is dropped.
+    /// Starts the thread that stages, which rings `bell` when it has something; it ends when this is dropped.
     pub(crate) fn start(
         checkpoint: Checkpoint,
-        rank: u32,
+        (rank, bell): (u32, Bell),
         placements: Placements,
         pulse: Arc<Pulse>,
         remember: Remember,
-    ) -> io::Result<(Self, Orders)> {
-        let (bell, ring) = UnixStream::pair()?;
-        bell.set_nonblocking(true)?;
-        ring.set_nonblocking(true)?;
-        let ring = Arc::new(ring);
-        let (put, orders) = sync_channel(ORDERS_MAX);
+    ) -> io::Result<Self> {
         let (jobs, to_do) = sync_channel::<Job>(ORDERS_MAX);
         let (tell, done) = sync_channel(ORDERS_MAX);
         let throttle = Arc::new(AtomicU64::new(STAGE_BYTES_PER_SECOND));
-        let (limit, rings) = (Arc::clone(&throttle), Arc::clone(&ring));
-        let mut stage = Stage { checkpoint, throttle: limit, wake: rings, owed: 0.0 };
+        let mut stage = Stage { checkpoint, throttle: Arc::clone(&throttle), bell, owed: 0.0 };
         let work = move || {
             for job in to_do {
                 let told = tell.send(stage.run(job));
-                wake(&stage.wake);
+                stage.bell.ring();
                 if told.is_err() {
                     return;
                 }
@@ -155,23 +120,20 @@ impl Migrate {
         };
         thread::Builder::new().name("stage".to_owned()).spawn(work)?;
         let pending = BTreeMap::new();
-        let migrate =
-            Self { bell, orders, jobs, done, throttle, rank, placements, pending, pulse, remember };
+        let migrate = Self { jobs, done, throttle, rank, placements, pending, pulse, remember };
         // Control is told the throttle before it asks for anything.
         migrate.report();
-        Ok((migrate, Orders { orders: put, wake: ring }))
+        Ok(migrate)
     }
 
-    /// Takes what has come: orders, and what was staged.
-    pub(crate) fn take(&mut self, device: &mut dyn Device) {
-        let mut bytes = [0; 64];
-        while matches!((&self.bell).read(&mut bytes), Ok(read) if read > 0) {}
+    /// Takes what was staged, and follows orders.
+    pub(crate) fn take(&mut self, device: &mut dyn Device, orders: Vec<FromControl>) {
         while let Ok(done) = self.done.try_recv() {
             let (layer, epoch) = (done.layer, done.epoch);
             let result = self.have(device, done);
             self.note(layer, epoch, result);
         }
-        while let Ok(order) = self.orders.try_recv() {
+        for order in orders {
             self.follow(device, order);
         }
         self.report();
@@ -310,7 +272,7 @@ impl Migrate {
 struct Stage {
     checkpoint: Checkpoint,
     throttle: Arc<AtomicU64>,
-    wake: Arc<UnixStream>,
+    bell: Bell,
     /// Bytes that are to take their time before anything else is derived.
     owed: f64,
 }
@@ -335,7 +297,7 @@ impl Stage {
             progress.set(&stager);
             if said.elapsed() >= STAGE_REPORT {
                 said = Instant::now();
-                wake(&self.wake);
+                self.bell.ring();
             }
         }
         Done { layer, epoch, staged: Ok(stager.staged()), digests: stager.digests() }

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::refusal::Refusal;
 use protocol::session::{EngineState, Heartbeat, LayerPlacement, LayerStaging, Window};
+use protocol::tactics::Tactics;
 
 use crate::load::Load;
 
@@ -21,6 +22,8 @@ pub(crate) struct Pulse {
     holds: Mutex<(u64, Vec<LayerPlacement>)>,
     /// What is on its way and its throttle, and how often that has changed.
     staging: Mutex<(u64, OnItsWay)>,
+    /// What it knows of tactics, and how often that has changed.
+    tactics: Mutex<(u64, Option<Tactics>)>,
     engine: AtomicU8,
     calls: AtomicU64,
     /// By the code of the refusal.
@@ -30,8 +33,16 @@ pub(crate) struct Pulse {
 
 impl Pulse {
     pub(crate) fn new() -> Self {
-        let (holds, staging, engine, calls, refusals) = Default::default();
-        Self { holds, staging, engine, calls, refusals, load: Mutex::new(Load::new(now_ms())) }
+        let (holds, staging, tactics, engine, calls, refusals) = Default::default();
+        Self {
+            holds,
+            staging,
+            tactics,
+            engine,
+            calls,
+            refusals,
+            load: Mutex::new(Load::new(now_ms())),
+        }
     }
 
     pub(crate) fn set_holds(&self, layers: Vec<LayerPlacement>) {
@@ -50,6 +61,16 @@ impl Pulse {
     /// What is on its way, if that is another than what was `said`.
     pub(crate) fn staging(&self, said: u64) -> Option<(u64, OnItsWay)> {
         changed(&self.staging, said)
+    }
+
+    pub(crate) fn set_tactics(&self, tactics: Tactics) {
+        set(&self.tactics, Some(tactics));
+    }
+
+    /// What the rank knows of its tactics, if that is another than what was `said`.
+    pub(crate) fn tactics(&self, said: u64) -> Option<(u64, Tactics)> {
+        let (number, tactics) = changed(&self.tactics, said)?;
+        Some((number, tactics?))
     }
 
     pub(crate) fn set_engine(&self, engine: EngineState) {

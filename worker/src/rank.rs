@@ -14,7 +14,7 @@ use protocol::buffer::BufferLayout;
 use protocol::frame::{Frame, Kind, Malformed};
 use protocol::message::{ActFormat, Attach, Attached, Call, Hello, Phase, WeightsIn, Welcome};
 use protocol::refusal::Refusal;
-use protocol::session::EngineState;
+use protocol::session::{EngineState, FromControl};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::Serialize;
@@ -25,7 +25,9 @@ use crate::failure::refusal;
 use crate::limits::{CONNECTIONS_MAX, LINGER};
 use crate::migrate::Migrate;
 use crate::model::Model;
+use crate::orders::Inbox;
 use crate::socket::Listener;
+use crate::tactics::Tuned;
 use crate::uplink::Uplink;
 use crate::watch::Watch;
 
@@ -40,8 +42,21 @@ pub struct Rank {
     watch: Option<Watch>,
     /// The session with control; none for a worker that nobody is to see.
     uplink: Option<Uplink>,
+    /// Orders of control; none for a worker that nobody is to see.
+    inbox: Option<Inbox>,
     /// Other placements while calls go on; none for a rank that nobody orders any.
     migrate: Option<Migrate>,
+    /// Which tactics calls get; none for a rank that was given one for all.
+    tuned: Option<Tuned>,
+}
+
+/// What control has to do with a rank.
+#[derive(Default)]
+pub(crate) struct Ordered {
+    pub(crate) uplink: Option<Uplink>,
+    pub(crate) inbox: Option<Inbox>,
+    pub(crate) migrate: Option<Migrate>,
+    pub(crate) tuned: Option<Tuned>,
 }
 
 impl Rank {
@@ -50,10 +65,21 @@ impl Rank {
         (model, max_tokens): (Model, u32),
         listener: Listener,
         watch: Option<Watch>,
-        (uplink, migrate): (Option<Uplink>, Option<Migrate>),
+        Ordered { uplink, inbox, migrate, tuned }: Ordered,
     ) -> Self {
         let connections = Vec::new();
-        Self { device, model, max_tokens, listener, connections, watch, uplink, migrate }
+        Self {
+            device,
+            model,
+            max_tokens,
+            listener,
+            connections,
+            watch,
+            uplink,
+            inbox,
+            migrate,
+            tuned,
+        }
     }
 
     /// Serves until a byte comes from `stop`; calls whose frames have arrived are answered first.
@@ -76,8 +102,8 @@ impl Rank {
             }
             let [stopping, knocking, rung, ordered] = self.wait(stop, lingers)?;
             self.device.group().set_parked(false);
-            if let Some(migrate) = self.migrate.as_mut().filter(|_| ordered) {
-                migrate.take(&mut *self.device);
+            if ordered {
+                self.follow_orders();
             }
             if let Some(watch) = self.watch.as_ref().filter(|_| rung) {
                 watch.hear();
@@ -99,6 +125,27 @@ impl Rank {
             if let Some(uplink) = &self.uplink {
                 uplink.pulse.set_engine(self.engine());
             }
+        }
+    }
+
+    /// Does what control says.
+    fn follow_orders(&mut self) {
+        let orders = self.inbox.as_mut().map(Inbox::take).unwrap_or_default();
+        let mut others = Vec::new();
+        for order in orders {
+            match (order, &mut self.tuned) {
+                (FromControl::Choose { choices }, Some(tuned)) => {
+                    tuned.choose(&mut *self.device, choices);
+                }
+                (FromControl::Choose { .. }, None) => {}
+                (other, _) => others.push(other),
+            }
+        }
+        if let (Some(tuned), Some(uplink)) = (&self.tuned, &self.uplink) {
+            uplink.pulse.set_tactics(tuned.tactics.clone());
+        }
+        if let Some(migrate) = &mut self.migrate {
+            migrate.take(&mut *self.device, others);
         }
     }
 
@@ -143,7 +190,7 @@ impl Rank {
             PollFd::new(stop, PollFlags::IN),
             PollFd::from_borrowed_fd(listener, PollFlags::IN),
             PollFd::new(bell, PollFlags::IN),
-            PollFd::new(self.migrate.as_ref().map_or(stop, |migrate| &migrate.bell), PollFlags::IN),
+            PollFd::new(self.inbox.as_ref().map_or(stop, |inbox| &inbox.bell), PollFlags::IN),
         ];
         fds.extend(self.connections.iter().map(|connection| {
             let out = if connection.has_unsent() { PollFlags::OUT } else { PollFlags::empty() };

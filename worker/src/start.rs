@@ -22,10 +22,12 @@ use crate::config::{Config, ConfigError, DeviceKind, GroupConfig};
 use crate::limits::CONTROL_PATIENCE;
 use crate::migrate::Migrate;
 use crate::model::Model;
+use crate::orders::Inbox;
 use crate::placement::{PlaceError, Placements};
 use crate::pulse::now_ms;
+use crate::rank::Ordered;
 use crate::socket::Listener;
-use crate::tactics::{TableError, use_table};
+use crate::tactics::{TableError, Tuned};
 use crate::uplink::Uplink;
 use crate::watch::Watch;
 
@@ -108,9 +110,10 @@ impl Rank {
             }
             (Some(group), _) => known.in_group(group, options)?,
         };
-        if let Some(path) = &config.device.tactics {
-            use_table(&mut *device, path)?;
-        }
+        let tuned = match (&config.device.tactic, &config.device.tactics) {
+            (Some(_), _) => None,
+            (None, path) => Some(Tuned::new(&mut *device, &checkpoint, path.as_deref())?),
+        };
         let heap = Arc::clone(device.group().heap());
         let watch = config.group.is_some().then(|| Watch::start(&heap)).transpose();
         let watch = watch.map_err(StartError::Watch)?;
@@ -127,26 +130,27 @@ impl Rank {
             loaded_ms = started.elapsed().as_millis(),
             "ready"
         );
-        let (rank, can) = (heap.rank(), device.placed().is_some());
-        let migrate = match (&uplink, &config.group) {
-            (Some(uplink), Some(group)) if can && group.placement.is_none() => {
-                // Now, and not when it was asked for: engines can connect.
-                uplink.pulse.set_holds(placements.layers().to_vec());
+        let mut ordered = Ordered { tuned, ..Ordered::default() };
+        if let Some(uplink) = uplink {
+            let (inbox, orders) = Inbox::new().map_err(StartError::Uplink)?;
+            // Now, and not when it was asked for: engines can connect.
+            uplink.pulse.set_holds(placements.layers().to_vec());
+            if let Some(tuned) = &ordered.tuned {
+                uplink.pulse.set_tactics(tuned.tactics.clone());
+            }
+            let group = config.group.as_ref().filter(|group| group.placement.is_none());
+            if let Some(group) = group.filter(|_| device.placed().is_some()) {
                 let (pulse, group) = (Arc::clone(&uplink.pulse), group.clone());
                 let remember =
                     Box::new(move |placed: &Placements| placed.remember(&group, &digest));
-                let started = Migrate::start(checkpoint, rank, placements, pulse, remember);
-                let (migrate, orders) = started.map_err(StartError::Uplink)?;
-                uplink.orders.get_or_init(|| orders);
-                Some(migrate)
+                let of = (heap.rank(), inbox.bell());
+                let started = Migrate::start(checkpoint, of, placements, pulse, remember);
+                ordered.migrate = Some(started.map_err(StartError::Uplink)?);
             }
-            (Some(uplink), _) => {
-                uplink.pulse.set_holds(placements.layers().to_vec());
-                None
-            }
-            (None, _) => None,
-        };
-        Ok(Self::new(device, (model, max_tokens), listener, watch, (uplink, migrate)))
+            uplink.orders.get_or_init(|| orders);
+            (ordered.uplink, ordered.inbox) = (Some(uplink), Some(inbox));
+        }
+        Ok(Self::new(device, (model, max_tokens), listener, watch, ordered))
     }
 }
 

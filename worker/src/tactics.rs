@@ -16,6 +16,7 @@ use kernels::memory::SharedMemory;
 use kernels::problem::{ActFormat, Form, WeightsIn};
 use kernels::tactics::{BY_TOKENS, Choice, Measurement, Problem, TacticTable};
 use protocol::buffer::BufferLayout;
+use protocol::{message, tactics as session};
 
 use crate::config::{ConfigError, DeviceConfig, DeviceKind};
 use crate::limits::{TOKENS_MAX, TUNE_RUNS, TUNE_SECONDS};
@@ -53,21 +54,117 @@ pub enum TableError {
     },
 }
 
-/// Has a device use the table of a file. One that was measured on another device, driver or kernel is said to be stale and not
-/// used: a worker serves on after an upgrade.
-pub(crate) fn use_table(device: &mut dyn Device, path: &Path) -> Result<(), TableError> {
-    let of = || path.to_owned();
-    let text = fs::read(path).map_err(|source| TableError::Read { path: of(), source })?;
-    let table: TacticTable =
-        serde_json::from_slice(&text).map_err(|source| TableError::Json { path: of(), source })?;
-    if let Err(stale) = device.provenance().holds(&table.provenance) {
-        tracing::warn!(path = %path.display(), %stale, "tactics are stale and not used: tune again");
-        return Ok(());
+/// Which tactics a rank's calls get, and what it knows of them.
+#[derive(Debug)]
+pub(crate) struct Tuned {
+    pub(crate) tactics: session::Tactics,
+}
+
+impl Tuned {
+    /// Has a device use the table of a file, if there is one. One that was measured on another device, driver or kernel is said
+    /// to be stale and not used: a worker serves on after an upgrade.
+    pub(crate) fn new(
+        device: &mut dyn Device,
+        checkpoint: &Checkpoint,
+        path: Option<&Path>,
+    ) -> Result<Self, TableError> {
+        let problems = problems_of(device, checkpoint).into_iter().map(|(_, p)| told_problem(&p));
+        let provenance = device.provenance();
+        let mut tactics = session::Tactics {
+            provenance: session::Provenance {
+                device: provenance.device.clone(),
+                driver: provenance.driver.clone(),
+                kernels: provenance.kernels.clone(),
+            },
+            problems: problems.collect(),
+            candidates: device.tactics(),
+            measurements: Vec::new(),
+            chosen: Vec::new(),
+        };
+        let Some(path) = path else { return Ok(Self { tactics }) };
+        let of = || path.to_owned();
+        let text = fs::read(path).map_err(|source| TableError::Read { path: of(), source })?;
+        let table: TacticTable = serde_json::from_slice(&text)
+            .map_err(|source| TableError::Json { path: of(), source })?;
+        if let Err(stale) = provenance.holds(&table.provenance) {
+            let path = path.display();
+            tracing::warn!(%path, %stale, "tactics are stale and not used: tune again");
+            return Ok(Self { tactics });
+        }
+        let TacticTable { measured_ms, measurements, choices, .. } = table;
+        device.choose(&choices).map_err(|source| TableError::Tactic { path: of(), source })?;
+        let (path, count) = (path.display(), choices.len());
+        tracing::info!(%path, choices = count, "tactics are used as measured");
+        let told = |measured: &Measurement| session::Measurement {
+            problem: told_problem(&measured.problem),
+            tactic: measured.tactic.clone(),
+            tokens: measured.tokens,
+            runs: measured.runs,
+            median_us: measured.median_us,
+            p99_us: measured.p99_us,
+            measured_ms,
+        };
+        tactics.measurements = measurements.iter().map(told).collect();
+        let told = |choice: &Choice| session::Choice {
+            problem: told_problem(&choice.problem),
+            tokens: choice.tokens,
+            tactic: choice.tactic.clone(),
+        };
+        tactics.chosen = choices.iter().map(told).collect();
+        Ok(Self { tactics })
     }
-    device.choose(&table.choices).map_err(|source| TableError::Tactic { path: of(), source })?;
-    let choices = table.choices.len();
-    tracing::info!(path = %path.display(), choices, "tactics are used as measured");
-    Ok(())
+
+    /// Has a device use what control has chosen.
+    pub(crate) fn choose(&mut self, device: &mut dyn Device, choices: Vec<session::Choice>) {
+        let here = choices.iter().map(|choice| Choice {
+            problem: heard_problem(&choice.problem),
+            tokens: choice.tokens,
+            tactic: choice.tactic.clone(),
+        });
+        match device.choose(&here.collect::<Vec<_>>()) {
+            Ok(()) => {
+                tracing::info!(choices = choices.len(), "tactics are used as control has chosen");
+                self.tactics.chosen = choices;
+            }
+            Err(error) => tracing::warn!(%error, "what control has chosen is not used"),
+        }
+    }
+}
+
+/// What the layers of a device are, each problem once with the position of a layer that it is.
+fn problems_of(device: &dyn Device, checkpoint: &Checkpoint) -> Vec<(usize, Problem)> {
+    let acts = [ActFormat::Bf16, ActFormat::Nvfp4];
+    let acts = acts.into_iter().filter(|&act| checkpoint.check_act(act).is_ok());
+    let mut found: Vec<(usize, Problem)> = Vec::new();
+    for act in acts {
+        for position in 0..checkpoint.layers().len() {
+            let Some(problem) = device.problem(position, act) else { continue };
+            // Layers that are alike take the same time.
+            if !found.iter().any(|(_, known)| *known == problem) {
+                found.push((position, problem));
+            }
+        }
+    }
+    found
+}
+
+fn told_problem(problem: &Problem) -> session::Problem {
+    let Problem { experts, top_k, hidden, intermediate, ranks, slots_per_rank, act } = *problem;
+    let act = match act {
+        ActFormat::Bf16 => message::ActFormat::Bf16,
+        ActFormat::Nvfp4 => message::ActFormat::Nvfp4,
+    };
+    session::Problem { experts, top_k, hidden, intermediate, ranks, slots_per_rank, act }
+}
+
+fn heard_problem(problem: &session::Problem) -> Problem {
+    let session::Problem { experts, top_k, hidden, intermediate, ranks, slots_per_rank, act } =
+        *problem;
+    let act = match act {
+        message::ActFormat::Bf16 => ActFormat::Bf16,
+        message::ActFormat::Nvfp4 => ActFormat::Nvfp4,
+    };
+    Problem { experts, top_k, hidden, intermediate, ranks, slots_per_rank, act }
 }
 
 /// What is to be measured.
@@ -135,22 +232,11 @@ impl Tune {
             }
             DeviceKind::Cuda => Box::new(CudaDevice::alone(&self.device.cuda()?, &checkpoint)?),
         };
-        let acts = [ActFormat::Bf16, ActFormat::Nvfp4];
-        let acts = acts.into_iter().filter(|&act| checkpoint.check_act(act).is_ok());
-        let mut seen: Vec<Problem> = Vec::new();
         let mut measurements = Vec::new();
-        for act in acts {
-            for (position, layer) in checkpoint.layers().iter().enumerate() {
-                // Layers that are alike take the same time.
-                let Some(problem) = device.problem(position, act) else { continue };
-                if seen.contains(&problem) {
-                    continue;
-                }
-                seen.push(problem);
-                for &tokens in &self.tokens {
-                    let calls = Calls::new(layer, problem, tokens)?;
-                    measurements.extend(calls.measure(&mut *device)?);
-                }
+        for (position, problem) in problems_of(&*device, &checkpoint) {
+            for &tokens in &self.tokens {
+                let calls = Calls::new(&checkpoint.layers()[position], problem, tokens)?;
+                measurements.extend(calls.measure(&mut *device)?);
             }
         }
         Ok(TacticTable::fastest(device.provenance(), now_ms(), measurements))

@@ -20,7 +20,7 @@ use tungstenite::{HandshakeError, Message, WebSocket};
 
 use crate::config::ControlConfig;
 use crate::limits::{CONTROL_PATIENCE, CONTROL_TICK, FAREWELL, RECONNECT, WINDOW, WINDOWS_MAX};
-use crate::migrate::Orders;
+use crate::orders::Orders;
 use crate::pulse::{Pulse, now_ms};
 use crate::wire::{TlsError, Wire};
 
@@ -99,12 +99,19 @@ struct Dialler {
     stop: Arc<AtomicBool>,
 }
 
+/// Version of control's since which it is told of tactics.
+const TACTICS_SINCE: u32 = 5;
+
 /// What was said in a session.
 #[derive(Default)]
 struct Said {
+    /// Control's version: it is told nothing that it does not know.
+    version: u32,
     /// Numbers of what the rank holds, and of what is on its way.
     holds: u64,
     staging: u64,
+    /// Number of what it knows of tactics.
+    tactics: u64,
     /// Number of a window.
     window: Option<u64>,
 }
@@ -184,10 +191,10 @@ impl Dialler {
         // Who has loaded has nothing to ask.
         self.register.asks &= self.windows.pulse.holds(0).is_none();
         say(&mut socket, &FromWorker::Register(Box::new(self.register.clone())))?;
-        let beat = self.welcome(&mut socket)?;
+        let (version, beat) = self.welcome(&mut socket)?;
         *stood = true;
         tracing::info!(url = self.config.url, "session with control stands");
-        let (mut next, mut said) = (Instant::now(), Said::default());
+        let (mut next, mut said) = (Instant::now(), Said { version, ..Said::default() });
         while !self.stop.load(Ordering::Acquire) {
             if Instant::now() >= next {
                 say(&mut socket, &FromWorker::Heartbeat(self.windows.pulse.heartbeat()))?;
@@ -218,6 +225,12 @@ impl Dialler {
             say(socket, &FromWorker::Staging { layers, bytes_per_second })?;
             said.staging = number;
         }
+        if said.version >= TACTICS_SINCE
+            && let Some((number, tactics)) = self.windows.pulse.tactics(said.tactics)
+        {
+            say(socket, &FromWorker::Tactics(Box::new(tactics)))?;
+            said.tactics = number;
+        }
         if let Some(oldest) = self.windows.unkept.front()
             && said.window != Some(oldest.number)
         {
@@ -244,7 +257,8 @@ impl Dialler {
             Some(
                 order @ (FromControl::Throttle { .. }
                 | FromControl::Stage { .. }
-                | FromControl::Ready { .. }),
+                | FromControl::Ready { .. }
+                | FromControl::Choose { .. }),
             ) => {
                 if !self.orders.get().is_some_and(|orders| orders.put(order)) {
                     tracing::debug!("an order was not taken: it comes again");
@@ -283,14 +297,14 @@ impl Dialler {
         Ok(socket)
     }
 
-    /// Time between heartbeats.
-    fn welcome(&mut self, socket: &mut WebSocket<Wire>) -> Result<Duration, Lost> {
+    /// Control's version, and the time between heartbeats.
+    fn welcome(&mut self, socket: &mut WebSocket<Wire>) -> Result<(u32, Duration), Lost> {
         let began = Instant::now();
         while began.elapsed() < CONTROL_PATIENCE && !self.stop.load(Ordering::Acquire) {
             match hear(socket)? {
-                Some(FromControl::Welcome { heartbeat_ms, window_ms, .. }) => {
+                Some(FromControl::Welcome { version, heartbeat_ms, window_ms }) => {
                     self.windows.set_length(Duration::from_millis(window_ms));
-                    return Ok(Duration::from_millis(heartbeat_ms));
+                    return Ok((version, Duration::from_millis(heartbeat_ms)));
                 }
                 Some(FromControl::Refused { reason }) => return Err(Lost::Refused { reason }),
                 Some(_) | None => {}

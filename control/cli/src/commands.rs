@@ -80,6 +80,10 @@ pub(crate) fn run(
             let group = shown.group(group)?;
             shown.export(&group, format, out)
         }
+        Command::Tactics { group, policy, settings, reason } => {
+            let group = shown.group(group)?;
+            shown.tactics(&path(&["groups", &group, "tactics"]), policy.zip(reason), settings)
+        }
         Command::Policy(policy) => shown.policy(policy),
         Command::Token(token) => shown.token(token),
         Command::Audit { limit } => {
@@ -221,6 +225,25 @@ const VERSIONS: &[Column] = &[
     ("BY", "/actor"),
     ("DIGEST", "/digest"),
 ];
+const RANK_TACTICS: &[Column] = &[
+    ("RANK", "/rank"),
+    ("DEVICE", "/measured_on/device"),
+    ("DRIVER", "/measured_on/driver"),
+    ("CHOSEN SIZES", "/chosen"),
+    ("AS CHOSEN HERE", "/as_chosen"),
+];
+const CHOSEN: &[Column] = &[
+    ("EXPERTS", "/problem/experts"),
+    ("HIDDEN", "/problem/hidden"),
+    ("INTERMEDIATE", "/problem/intermediate"),
+    ("RANKS", "/problem/ranks"),
+    ("ACT", "/problem/act"),
+    ("TOKENS", "/tokens"),
+    ("TACTIC", "/tactic"),
+    ("US", "/us"),
+    ("POLICY", "/policy"),
+    ("STALE", "/stale"),
+];
 const SHADOWS: &[Column] = &[
     ("SHADOW", "/policy"),
     ("SETTINGS", "/settings"),
@@ -285,6 +308,22 @@ fn hours_ago(hours: u32) -> u64 {
 
 /// First digits of a digest that stand for it.
 const SHORTEST_DIGEST: usize = 4;
+
+/// The choices of a table, each with what it is for and how long it was measured to take.
+fn choices_of(table: &Value) -> Vec<Value> {
+    let choice = |choice: &Value| {
+        let mut choice = choice.clone();
+        let mut measured = table["measurements"].as_array().into_iter().flatten();
+        let same = |m: &&Value| m["tokens"] == choice["tokens"] && m["tactic"] == choice["tactic"];
+        let us = measured.find(same).map(|measured| measured["median_us"].clone());
+        choice["us"] = us.unwrap_or_default();
+        for member in ["problem", "policy", "stale"] {
+            choice[member] = table[member].clone();
+        }
+        choice
+    };
+    table["choices"].as_array().into_iter().flatten().map(choice).collect()
+}
 
 /// The versions of a policy, each with the policy's name and kind.
 fn versions(policy: &Value) -> Vec<Value> {
@@ -581,6 +620,29 @@ impl<W: Write> Shown<'_, W> {
                 )
             }
         }
+    }
+
+    fn tactics(
+        &mut self,
+        path: &str,
+        chooser: Option<(String, String)>,
+        settings: String,
+    ) -> Result<(), Failed> {
+        let found = match chooser {
+            Some((policy, reason)) => {
+                let policy = self.digest(&policy)?.unwrap_or(policy);
+                let chooser = json!({ "policy": policy, "settings": object(settings)? });
+                self.client.put(path, &json!({ "chooser": chooser, "reason": reason }))?
+            }
+            None => self.client.get(path)?,
+        };
+        if self.json {
+            return Ok(writeln!(self.out, "{found:#}")?);
+        }
+        self.list(&found["ranks"], RANK_TACTICS, "no rank has told of its tactics")?;
+        let tables = found["tables"].as_array().into_iter().flatten();
+        let choices = tables.flat_map(choices_of).collect();
+        self.list(&Value::Array(choices), CHOSEN, "nothing was measured: moeplane-worker tune")
     }
 
     fn policy(&mut self, policy: Policy) -> Result<(), Failed> {

@@ -150,6 +150,20 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
+    /// Tactics: what was measured, what was chosen by it, and which ranks use that.
+    Tactics {
+        #[command(flatten)]
+        group: Group,
+        /// Has another policy choose, by its name or the digest of a version.
+        #[arg(long, requires = "reason")]
+        policy: Option<String>,
+        /// Its settings, a JSON object.
+        #[arg(long, requires = "policy", default_value = "{}")]
+        settings: String,
+        /// Kept in the audit log.
+        #[arg(long)]
+        reason: Option<String>,
+    },
     /// Policies: versions of them, and which are asked.
     #[command(subcommand)]
     Policy(Policy),

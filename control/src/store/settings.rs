@@ -9,6 +9,7 @@ use serde_json::json;
 use super::audit::{self, Entry};
 use super::{Store, StoreError};
 use crate::balancing::Balancing;
+use crate::choosing::Chooser;
 use crate::motion::Pace;
 use crate::shadowing::Shadows;
 
@@ -20,6 +21,10 @@ pub(crate) trait Setting: Serialize + DeserializeOwned + Default {
 
 impl Setting for Balancing {
     const KIND: &str = "balancing";
+}
+
+impl Setting for Chooser {
+    const KIND: &str = "tactics";
 }
 
 impl Setting for Shadows {

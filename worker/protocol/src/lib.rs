@@ -28,6 +28,7 @@ pub mod placement;
 pub mod refusal;
 pub mod session;
 pub mod stream;
+pub mod tactics;
 
 /// Experts and weights of tokens from the logits of a model's router, for engines that have logits.
 pub use routing;

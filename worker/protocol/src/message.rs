@@ -9,7 +9,9 @@ use crate::buffer::BufferLayout;
 use crate::refusal::Refusal;
 
 /// What crosses the wire and feeds the matrix products.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum ActFormat {
     /// bf16 activations.

@@ -14,6 +14,8 @@
 //!                              <-     Close, at any time; the answer is a Window
 //!                              <-     Throttle, Stage, Ready: another placement of a layer
 //!   Staging, Holds             ->
+//!   Tactics                    ->
+//!                              <-     Choose: which tactics calls get
 //! ```
 //!
 //! A worker counts what it serves in windows, and keeps those that control has not kept yet; they are
@@ -34,11 +36,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::message::{ActFormat, Phase, ServedLayer, UnservedLayer};
 use crate::placement::Placement;
+use crate::tactics::{Choice, Tactics};
 
 /// Version of these messages. Since 2, a worker may ask for a placement and
 /// says what it holds, and control may say `Close`; since 3, placements may change while calls go on;
-/// since 4, control says how fast.
-pub const SESSION_VERSION: u32 = 4;
+/// since 4, control says how fast; since 5, it chooses tactics.
+pub const SESSION_VERSION: u32 = 5;
 
 /// The oldest version that control accepts. A worker is told nothing that its
 /// version does not know.
@@ -48,7 +51,7 @@ pub const SESSION_VERSION_OLDEST: u32 = 1;
 pub const SESSION_PATH: &str = "/api/v1/session";
 
 /// What a worker says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum FromWorker {
     /// First, once.
@@ -66,6 +69,8 @@ pub enum FromWorker {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         bytes_per_second: Option<u64>,
     },
+    /// What the worker knows of its tactics; again whenever it changes.
+    Tactics(Box<Tactics>),
     /// The worker lives, and how it is.
     Heartbeat(Heartbeat),
     /// The oldest window that control has not kept.
@@ -116,6 +121,11 @@ pub enum FromControl {
         layer: u32,
         /// What is staged.
         epoch: u64,
+    },
+    /// Which tactics calls get from now on, in place of all that were chosen.
+    Choose {
+        /// Of the worker's problems and candidates.
+        choices: Vec<Choice>,
     },
     /// It does not; the worker says why in its log and tries again later.
     Refused {
