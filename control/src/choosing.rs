@@ -3,8 +3,8 @@
 use policy_host::contract::chooser::{
     ActivationFormat, Candidate, Measurement as Asked, Problem as AskedProblem, Request, Table,
 };
-use policy_host::contract::types::Context;
-use protocol::message::ActFormat;
+use policy_host::contract::types::{Context, CostPoint, Phase};
+use protocol::message::{ActFormat, ServedLayer};
 use protocol::tactics::{Choice, Measurement, Problem, Provenance, Tactics};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -103,6 +103,46 @@ pub(crate) fn choices(problem: &Problem, request: &Request, table: &Table) -> Ve
     chosen.filter_map(choice).collect()
 }
 
+/// The problem of a rank that is alone with a layer: what is measured of it says what a rank's part of a group's call costs.
+pub(crate) fn alone(layer: &ServedLayer) -> Problem {
+    let ServedLayer { experts, top_k, hidden, intermediate, .. } = *layer;
+    let (ranks, slots_per_rank, act) = (1, experts, ActFormat::Bf16);
+    Problem { experts, top_k, hidden, intermediate, ranks, slots_per_rank, act }
+}
+
+/// What a rank's part of a call costs, from calls of a rank that was alone and whose experts were chosen evenly: for each size the
+/// fastest tactic. Both phases cost the same.
+pub(crate) fn cost_points(problem: &Problem, measurements: &[Measurement]) -> Vec<CostPoint> {
+    let mut sizes: Vec<u32> = measurements.iter().map(|measured| measured.tokens).collect();
+    sizes.sort_unstable();
+    sizes.dedup();
+    let points = sizes.iter().filter_map(|&tokens| {
+        let of_size = measurements.iter().filter(|measured| measured.tokens == tokens);
+        let median_us = of_size.map(|measured| measured.median_us).reduce(f32::min)?;
+        let (experts, top_k) = (f64::from(problem.experts), f64::from(problem.top_k));
+        // Of experts that have the same chance each, those that some token goes to.
+        let none = (1.0 - top_k / experts).powf(f64::from(tokens));
+        let (pairs, distinct) = (f64::from(tokens) * top_k, experts * (1.0 - none));
+        Some((single(pairs), single(distinct), median_us / 1e3))
+    });
+    let points: Vec<(f32, f32, f32)> = points.collect();
+    let of_phase = |phase| {
+        let point = move |&(pairs, experts, milliseconds): &(f32, f32, f32)| CostPoint {
+            phase,
+            pairs,
+            experts,
+            milliseconds,
+        };
+        points.iter().map(point)
+    };
+    of_phase(Phase::Prefill).chain(of_phase(Phase::Decode)).collect()
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the contract has single precision")]
+fn single(value: f64) -> f32 {
+    value as f32
+}
+
 /// Whether two lists choose the same, in whatever order.
 pub(crate) fn same(one: &[Choice], other: &[Choice]) -> bool {
     let sorted = |choices: &[Choice]| {
@@ -188,6 +228,25 @@ pub(crate) mod tests {
         assert_eq!(said, [choice(1, "by-tokens"), choice(64, "fast")]);
         assert!(same(&said, &[choice(64, "fast"), choice(1, "by-tokens")]));
         assert!(!same(&said, &previous));
+    }
+
+    #[test]
+    fn costs_are_those_of_the_fastest_tactic() {
+        let all = [measured("slow", 8, 90.0), measured("fast", 8, 50.0), measured("slow", 1, 20.0)];
+        let points = cost_points(&PROBLEM, &all);
+        let facts: Vec<_> = points.iter().map(|p| (p.phase, p.pairs, p.milliseconds)).collect();
+        let (prefill, decode) = (Phase::Prefill, Phase::Decode);
+        let expected = [
+            (prefill, 4.0, 0.02),
+            (prefill, 32.0, 0.05),
+            (decode, 4.0, 0.02),
+            (decode, 32.0, 0.05),
+        ];
+        assert_eq!(facts, expected);
+        // One token goes to four experts; eight tokens to 32 x (1 - (7/8)^8).
+        assert!((points[0].experts - 4.0).abs() < 1e-5, "{}", points[0].experts);
+        assert!((points[1].experts - 21.004).abs() < 1e-2, "{}", points[1].experts);
+        assert_eq!(cost_points(&PROBLEM, &[]), []);
     }
 
     #[test]

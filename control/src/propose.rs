@@ -3,11 +3,15 @@
 use std::sync::Arc;
 
 use policy_host::contract::placer::{Budget, Request};
+use policy_host::contract::types::CostPoint;
+use protocol::session::ModelInfo;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use crate::choosing::{alone, cost_points};
 use crate::limits::{PROPOSAL_SECONDS_DEFAULT, PROPOSAL_SECONDS_MAX};
+use crate::motion::Pace;
 use crate::policies::AskError;
 use crate::proposing::{Origin, Proposal, Question, Unaskable, WINDOWS};
 use crate::registry::ask;
@@ -118,7 +122,9 @@ pub(crate) async fn propose(
     let request = Arc::new(request);
     let (policy, answer) = ask(state, group, (&wish.policy, settings), &request).await?;
     let policy = (&policy.info().name[..], policy.digest());
-    let origin = Origin { group, model: &model, policy, minimum_gain: wish.minimum_gain };
+    let Pace { bytes_per_second, .. } = state.store.setting(group).await?;
+    let minimum_gain = wish.minimum_gain;
+    let origin = Origin { group, model: &model, policy, minimum_gain, bytes_per_second };
     Ok(Proposal::new(origin, &request, &answer, now_ms())?)
 }
 
@@ -141,6 +147,7 @@ pub(crate) async fn request(
     };
     let mut loads = state.store.loads(of, &newest).await?;
     loads.reverse();
+    let costs = costs(state, group, &model).await?;
     let fleet = state.fleet();
     let in_force = fleet.in_force(group, now_ms(), state.patience_ms());
     let in_force = in_force.ok_or(Unaskable::NothingInForce)?;
@@ -152,7 +159,24 @@ pub(crate) async fn request(
         window_ms: state.config.window_ms,
         settings,
         budget,
+        costs,
     };
     let request = question.request()?;
     Ok((model.digest, request))
+}
+
+/// What a rank's part of a call costs: by what was measured of the first layer on ranks like the first of the group's that has
+/// told of its tactics.
+async fn costs(
+    state: &State,
+    group: &str,
+    model: &ModelInfo,
+) -> Result<Vec<CostPoint>, StoreError> {
+    let provenance = state.fleet().tactics(group).into_iter().next().map(|(_, t)| t.provenance);
+    let (Some(provenance), Some(layer)) = (provenance, model.layers.first()) else {
+        return Ok(Vec::new());
+    };
+    let problem = alone(layer);
+    let measurements = state.store.measurements(&provenance, &problem).await?;
+    Ok(cost_points(&problem, &measurements))
 }

@@ -7,7 +7,7 @@ use policy_host::Answer;
 use policy_host::contract::EMPTY;
 use policy_host::contract::placer::{self, Budget, Plan, Purpose, Request};
 use policy_host::contract::types::{
-    Context, Layer, Model, Phase, Rank, RankState, Topology, Window,
+    Context, CostPoint, Layer, Model, Phase, Rank, RankState, Topology, Window,
 };
 use policy_host::store::digest;
 use protocol::ids::ExpertId;
@@ -42,6 +42,8 @@ pub(crate) struct Question<'a> {
     pub(crate) window_ms: u64,
     pub(crate) settings: &'a str,
     pub(crate) budget: Budget,
+    /// What a rank's part of a call costs, where it was measured.
+    pub(crate) costs: Vec<CostPoint>,
 }
 
 impl Question<'_> {
@@ -74,7 +76,7 @@ impl Question<'_> {
             },
             layers: self.in_force.iter().map(placed_layer).collect(),
             windows: self.windows(served, layer.experts as usize),
-            costs: Vec::new(),
+            costs: self.costs.clone(),
             budget: self.budget,
             pins: Vec::new(),
         })
@@ -188,6 +190,12 @@ pub(crate) struct Proposal {
     pub(crate) moved: u64,
     /// Bytes of them.
     pub(crate) bytes: u64,
+    /// Milliseconds of a step, one call of every layer that changes, where calls were measured.
+    #[serde(default)]
+    pub(crate) milliseconds: Option<Pair>,
+    /// Steps in which a step's gain adds up to the time that ranks take to copy at the group's pace, if each copies as much.
+    #[serde(default)]
+    pub(crate) payback_steps: Option<f64>,
     /// Layers that change, most valuable first.
     pub(crate) changes: Vec<ProposedChange>,
 }
@@ -264,6 +272,8 @@ pub(crate) struct Origin<'a> {
     pub(crate) policy: (&'a str, &'a str),
     /// See [`Proposal::minimum_gain`].
     pub(crate) minimum_gain: f32,
+    /// At most, by each rank.
+    pub(crate) bytes_per_second: u64,
 }
 
 impl Proposal {
@@ -274,7 +284,7 @@ impl Proposal {
         answer: &Answer<Plan>,
         made_ms: u64,
     ) -> Result<Self, serde_json::Error> {
-        let Origin { group, model, policy: (policy, policy_digest), minimum_gain } = origin;
+        let Origin { group, model, policy: (policy, policy_digest), minimum_gain, .. } = origin;
         let input_digest = digest(&serde_json::to_vec(request)?);
         let settings = request.context.settings.clone();
         let named = (group, model, policy_digest, &settings, minimum_gain, &input_digest);
@@ -284,6 +294,12 @@ impl Proposal {
         let changes: Vec<ProposedChange> = worth.map(|change| proposed(request, change)).collect();
         let withheld = (plan.changes.len() - changes.len()) as u64;
         let moved = changes.iter().map(|change| change.moved).sum();
+        let bytes = moved * request.model.expert_bytes;
+        let milliseconds = step_milliseconds(&changes);
+        let ranks = request.topology.ranks.len().max(1);
+        let copy_ms = 1e3 * bytes as f64 / ranks as f64 / origin.bytes_per_second as f64;
+        let gain_ms = milliseconds.map(|ms| f64::from(ms.before) - f64::from(ms.after));
+        let payback_steps = gain_ms.filter(|gain| *gain > 0.0).map(|gain| copy_ms / gain);
         Ok(Self {
             id,
             group: group.to_owned(),
@@ -298,10 +314,20 @@ impl Proposal {
             fuel: answer.fuel,
             explanation: plan.explanation.clone(),
             moved,
-            bytes: moved * request.model.expert_bytes,
+            bytes,
+            milliseconds,
+            payback_steps,
             changes,
         })
     }
+}
+
+/// Of all layers that change; none unless all were predicted.
+fn step_milliseconds(changes: &[ProposedChange]) -> Option<Pair> {
+    let all: Vec<Pair> = changes.iter().map(|change| change.milliseconds).collect::<Option<_>>()?;
+    let sum = |of: fn(&Pair) -> f32| all.iter().map(of).sum();
+    let sums = Pair { before: sum(|pair| pair.before), after: sum(|pair| pair.after) };
+    (!all.is_empty()).then_some(sums)
 }
 
 /// Experts that come to ranks by a plan, over all layers.
@@ -443,6 +469,7 @@ pub(crate) mod tests {
             window_ms: 100,
             settings: "{}",
             budget: Budget { layers: None, moves_per_layer: None, bytes: None },
+            costs: Vec::new(),
         };
         let request = question.request().unwrap();
         let of_ranks: Vec<u32> = request.topology.ranks.iter().map(|rank| rank.node).collect();
@@ -507,11 +534,13 @@ pub(crate) mod tests {
         let moves =
             vec![placer::Move { expert: 0, source: Some(0), destination: 1, purpose, gain: 0.25 }];
         let max_over_mean = Comparison { before: 1.5, after: 1.25 };
-        let change =
-            Change { layer: layer.id, placement, moves, max_over_mean, milliseconds: None };
+        let milliseconds = Some(Comparison { before: 2.0, after: 1.5 });
+        let change = Change { layer: layer.id, placement, moves, max_over_mean, milliseconds };
         let value = Plan { changes: vec![change], explanation: "one".to_owned() };
         let answer = Answer { value, fuel: 5, elapsed: std::time::Duration::ZERO };
-        let origin = Origin { group: "g", model: "m", policy: ("p", policy), minimum_gain };
+        let (group, model, policy) = ("g", "m", ("p", policy));
+        let bytes_per_second = 1_000_000;
+        let origin = Origin { group, model, policy, minimum_gain, bytes_per_second };
         Proposal::new(origin, request, &answer, made_ms).unwrap()
     }
 
@@ -523,6 +552,9 @@ pub(crate) mod tests {
         // A replica came to rank 1; two experts of rank 0 only changed slots.
         assert_eq!((proposal.moved, proposal.bytes), (1, request.model.expert_bytes));
         assert_eq!((proposal.changes[0].epoch, proposal.changes[0].phy2log[2]), (1, -1));
+        assert_eq!(proposal.milliseconds, Some(Pair { before: 2.0, after: 1.5 }));
+        // 2^20 bytes over four ranks of 1 MB/s each, for half a millisecond a step.
+        assert_eq!(proposal.payback_steps, Some(262.144 / 0.5));
         assert_eq!(proposal.id, made("d", 0.0, 2).id);
         assert_ne!(proposal.id, made("e", 0.0, 1).id);
         assert_ne!(proposal.id, made("d", 0.1, 1).id);
@@ -541,6 +573,7 @@ pub(crate) mod tests {
             let proposal = propose(("d", minimum_gain), &request, purpose, 1);
             let found = (proposal.changes.len() as u64, proposal.withheld, proposal.moved);
             assert_eq!(found, (changes, 1 - changes, changes), "{minimum_gain} {purpose:?}");
+            assert_eq!(proposal.payback_steps.is_some(), changes == 1);
         }
     }
 }

@@ -1,7 +1,5 @@
 //! What policies propose: asked through the API and by the operator's command, against groups of made-up workers.
 
-use std::process::Command;
-
 use protocol::message::Phase;
 use protocol::session::{Register, Window};
 use serde_json::{Value, json};
@@ -11,6 +9,8 @@ use tests::watcher::Watcher;
 use tests::worker_process::{program, until};
 
 use crate::assert_says;
+use crate::command::run;
+use crate::tactics::made_up_sizes;
 
 const PROPOSALS: &str = "/api/v1/groups/g/proposals";
 
@@ -128,6 +128,38 @@ fn a_policy_proposes_by_what_is_in_force_and_the_newest_load() {
     assert_says(none["explanation"].as_str().unwrap(), &["0 of 2 layers change"]);
 }
 
+/// What a rank's part of a call costs is what its workers have measured.
+#[test]
+fn milliseconds_are_predicted_where_calls_were_measured() {
+    if !has_policies() {
+        return;
+    }
+    let control = Control::start_patient().unwrap();
+    let mut workers = group(&control);
+    let ask = json!({ "policy": "greedy_swap" });
+    let (_, before) = propose(&control, &ask);
+    assert_eq!((&before["milliseconds"], &before["payback_steps"]), (&Value::Null, &Value::Null));
+    // Ten microseconds and one for each pair of token and expert.
+    let times = [1, 64, 4_096].map(|tokens| ("wide", tokens, 10.0 + 4.0 * tokens as f32));
+    workers[0].say(&made_up_sizes("k", &times)).unwrap();
+    until("measurements", || {
+        let (_, view) = control.get("/api/v1/groups/g/tactics")?;
+        Ok((view["tables"] != json!([])).then_some(()))
+    })
+    .unwrap();
+    let (status, after) = propose(&control, &ask);
+    assert_eq!(status, 200, "{after}");
+    let ms = |when: &str| after["milliseconds"][when].as_f64().unwrap();
+    // A call of 16,000 pairs: 12,000 on the busiest rank, and 8,000 on each when they are even.
+    assert!((ms("before") - 12.01).abs() < 0.2, "{after}");
+    assert!((ms("after") - 8.01).abs() < 0.2, "{after}");
+    let payback = after["payback_steps"].as_f64().unwrap();
+    let copy_ms = after["bytes"].as_f64().unwrap() / 2.0 / 500e6 * 1e3;
+    assert!((payback * (ms("before") - ms("after")) - copy_ms).abs() < 1e-3 * copy_ms, "{after}");
+    let id = after["id"].as_str().unwrap();
+    assert_says(&run(&control, &["diff", id]), &["predicted: ", "which pays back after"]);
+}
+
 #[test]
 fn what_cannot_be_proposed_is_said() {
     if !has_policies() {
@@ -164,15 +196,7 @@ fn the_command_shows_changes_and_moves() {
     }
     let control = Control::start_patient().unwrap();
     let _workers = group(&control);
-    let run = |arguments: &[&str]| {
-        let mut command = Command::new(program("moeplane").unwrap());
-        command.env_clear().env("MOEPLANE_URL", format!("http://{}", control.address()));
-        let output =
-            command.env("MOEPLANE_TOKEN", control.token()).args(arguments).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{arguments:?}: {said}");
-        String::from_utf8(output.stdout).unwrap()
-    };
+    let run = |arguments: &[&str]| run(&control, arguments);
     assert_eq!(run(&["proposals"]), "nothing has been proposed yet\n");
     let shown = run(&["propose", "--reason", "uneven"]);
     assert_says(

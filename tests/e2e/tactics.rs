@@ -166,10 +166,16 @@ const PROBLEM: Problem = Problem {
 
 /// What a made-up worker with these kernels says: microseconds of calls of 64 tokens.
 fn made_up(kernels: &str, times: &[(&str, f32)]) -> FromWorker {
-    let measured = |&(tactic, median_us): &(&str, f32)| Measurement {
+    let times: Vec<_> = times.iter().map(|&(tactic, us)| (tactic, 64, us)).collect();
+    made_up_sizes(kernels, &times)
+}
+
+/// The same of calls of several sizes: tactic, tokens, microseconds.
+pub(crate) fn made_up_sizes(kernels: &str, times: &[(&str, u32, f32)]) -> FromWorker {
+    let measured = |&(tactic, tokens, median_us): &(&str, u32, f32)| Measurement {
         problem: PROBLEM,
         tactic: tactic.to_owned(),
-        tokens: 64,
+        tokens,
         runs: 50,
         median_us,
         p99_us: 99.0,

@@ -584,6 +584,14 @@ impl<W: Write> Shown<'_, W> {
                 "layers left as they are, for they gain less than {gain}: {withheld}"
             )?;
         }
+        let ms = |when: &str| proposal["milliseconds"][when].as_f64();
+        if let (Some(before), Some(after)) = (ms("before"), ms("after")) {
+            let steps = proposal["payback_steps"].as_f64().map_or_else(
+                || "which pays back never".to_owned(),
+                |steps| format!("which pays back after {steps:.0} steps"),
+            );
+            writeln!(self.out, "predicted: {before:.3} ms a step, then {after:.3} ms, {steps}")?;
+        }
         let decision = &proposal["decision"];
         if let (Some(actor), Some(reason)) =
             (decision["actor"].as_str(), decision["reason"].as_str())
