@@ -3,10 +3,12 @@
 
 pub mod call;
 pub mod case;
+pub mod control_kills;
 pub mod control_process;
 pub mod fake_worker;
 pub mod group;
 pub mod kill;
+pub mod moving;
 pub mod plan;
 pub mod random;
 pub mod recorded;

@@ -9,6 +9,7 @@ mod fleet;
 mod gpu_bench;
 mod gpu_check;
 mod group_calls;
+mod kill_control;
 mod kill_ranks;
 mod latency;
 mod layer_report;
@@ -45,6 +46,8 @@ enum Command {
     GpuCheck(gpu_check::Options),
     /// Random calls of a group of ranks, each answer verified.
     GroupCalls(group_calls::Options),
+    /// Control killed at random moments of migrations under load, every answer verified.
+    KillControl(kill_control::Options),
     /// Ranks of a group killed at random moments, with a table of what everybody heard.
     KillRanks(kill_ranks::Options),
     /// How long calls of the small trained model take, through workers and groups.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::GpuBench(options) => gpu_bench::run(&options).map(|()| true),
         Command::GpuCheck(options) => gpu_check::run(&options),
         Command::GroupCalls(options) => group_calls::run(&options).map(|()| true),
+        Command::KillControl(options) => kill_control::run(&options).map(|()| true),
         Command::KillRanks(options) => kill_ranks::run(&options).map(|()| true),
         Command::Latency(options) => latency::run(&options).map(|()| true),
         Command::Memory(options) => memory::run(&options),

@@ -35,6 +35,9 @@ enum Command {
     /// Random calls of a group of ranks, each answer verified: `--ranks N --calls N --seed S`.
     #[command(disable_help_flag = true)]
     GroupCalls(Rest),
+    /// Control killed at random moments of migrations under load: `--kills N --seed S`.
+    #[command(disable_help_flag = true)]
+    KillControl(Rest),
     /// Ranks of a group killed at random moments, every answer verified: `--ranks N --kills N --seed S`.
     #[command(disable_help_flag = true)]
     KillRanks(Rest),
@@ -114,6 +117,10 @@ fn run(command: Command) -> Result<bool> {
         Command::GroupCalls(Rest { mut arguments }) => {
             arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
             cases("group-calls", arguments)
+        }
+        Command::KillControl(Rest { mut arguments }) => {
+            arguments.insert(0, build::root().join("tests/data/tiny-kjv-moe").into_os_string());
+            cases("kill-control", arguments)
         }
         Command::KillRanks(Rest { mut arguments }) => {
             let case = "tests/data/moe-golden/skewed_e16_k4_h256_i64_t300";
