@@ -5,6 +5,7 @@ mod ask;
 mod audit;
 mod balancedness;
 mod balancing;
+mod constraints;
 mod document;
 mod error;
 mod events;
@@ -84,6 +85,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(balancing::balancing, balancing::set))
+        .routes(routes!(constraints::constraints, constraints::set_constraints))
         .routes(routes!(shadows::shadows, shadows::set_shadows))
         .routes(routes!(tactics::tactics, tactics::set_chooser))
         .routes(routes!(policies::policies))

@@ -16,6 +16,7 @@ mod balancing;
 mod choose;
 mod choosing;
 pub mod config;
+mod constraints;
 mod deciding;
 mod exchange;
 mod fleet;

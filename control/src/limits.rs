@@ -157,6 +157,9 @@ pub const STUCK_MS: u64 = 30_000;
 /// Verdicts on policies that are kept: one that fails at every question of an hour leaves room for the others.
 pub const VERDICTS_MAX: i64 = 10_000;
 
+/// Pins of a group's experts: one for every expert of a deep model's layer on some ranks.
+pub const PINS_MAX: usize = 4_096;
+
 /// Policies in the shadow of a group: as many plans come with every window.
 pub const SHADOWS_MAX: usize = 8;
 

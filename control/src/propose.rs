@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use crate::choosing::{alone, cost_points};
+use crate::constraints::Constraints;
 use crate::limits::{PROPOSAL_SECONDS_DEFAULT, PROPOSAL_SECONDS_MAX};
 use crate::motion::Pace;
 use crate::policies::AskError;
@@ -148,6 +149,7 @@ pub(crate) async fn request(
     let mut loads = state.store.loads(of, &newest).await?;
     loads.reverse();
     let costs = costs(state, group, &model).await?;
+    let constraints: Constraints = state.store.setting(group).await?;
     let fleet = state.fleet();
     let in_force = fleet.in_force(group, now_ms(), state.patience_ms());
     let in_force = in_force.ok_or(Unaskable::NothingInForce)?;
@@ -160,6 +162,7 @@ pub(crate) async fn request(
         settings,
         budget,
         costs,
+        constraints: &constraints,
     };
     let request = question.request()?;
     Ok((model.digest, request))

@@ -7,7 +7,7 @@ use policy_host::Answer;
 use policy_host::contract::EMPTY;
 use policy_host::contract::placer::{self, Budget, Plan, Purpose, Request};
 use policy_host::contract::types::{
-    Context, CostPoint, Layer, Model, Phase, Rank, RankState, Topology, Window,
+    Context, CostPoint, Layer, Model, Phase, PinKind, RankState, Topology, Window,
 };
 use policy_host::store::digest;
 use protocol::ids::ExpertId;
@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::balance::max_over_mean;
+use crate::constraints::Constraints;
 use crate::store::windows::Load;
 
 /// Windows of each phase that a policy is given.
@@ -44,6 +45,7 @@ pub(crate) struct Question<'a> {
     pub(crate) budget: Budget,
     /// What a rank's part of a call costs, where it was measured.
     pub(crate) costs: Vec<CostPoint>,
+    pub(crate) constraints: &'a Constraints,
 }
 
 impl Question<'_> {
@@ -78,7 +80,7 @@ impl Question<'_> {
             windows: self.windows(served, layer.experts as usize),
             costs: self.costs.clone(),
             budget: self.budget,
-            pins: Vec::new(),
+            pins: self.constraints.pins(),
         })
     }
 
@@ -90,8 +92,7 @@ impl Question<'_> {
                 hosts.push(&register.host);
                 hosts.len() - 1
             });
-            let node = u32::try_from(node).unwrap_or(u32::MAX);
-            Rank { node, speed: 1.0, free_bytes: 0, state: RankState::Active }
+            self.constraints.rank(register.rank, u32::try_from(node).unwrap_or(u32::MAX))
         });
         Topology { ranks: ranks.collect(), slots_per_rank, staging_slots: 0 }
     }
@@ -290,7 +291,7 @@ impl Proposal {
         let named = (group, model, policy_digest, &settings, minimum_gain, &input_digest);
         let id = digest(&serde_json::to_vec(&named)?);
         let plan = &answer.value;
-        let worth = plan.changes.iter().filter(|change| is_worth(change, minimum_gain));
+        let worth = plan.changes.iter().filter(|change| is_worth(request, change, minimum_gain));
         let changes: Vec<ProposedChange> = worth.map(|change| proposed(request, change)).collect();
         let withheld = (plan.changes.len() - changes.len()) as u64;
         let moved = changes.iter().map(|change| change.moved).sum();
@@ -335,11 +336,30 @@ pub(crate) fn moved_by(request: &Request, plan: &Plan) -> u64 {
     plan.changes.iter().map(|change| proposed(request, change).moved).sum()
 }
 
-/// Whether a layer gains enough. What keeps experts from being lost needs no gain.
-fn is_worth(change: &placer::Change, minimum_gain: f32) -> bool {
+/// Whether a layer gains enough. What keeps experts from being lost, or what operators have asked for, needs no gain.
+fn is_worth(request: &Request, change: &placer::Change, minimum_gain: f32) -> bool {
     let needed = |step: &placer::Move| matches!(step.purpose, Purpose::Repair | Purpose::Drain);
     let placer::Comparison { before, after } = change.max_over_mean;
-    before - after >= minimum_gain || change.moves.iter().any(needed)
+    let layer = request.layers.iter().find(|layer| layer.id == change.layer);
+    before - after >= minimum_gain
+        || change.moves.iter().any(needed)
+        || layer.is_some_and(|layer| is_broken(request, layer))
+}
+
+/// Whether what is in force has an expert where it must not be, lacks one where it must be, or has one on ranks alone that are to
+/// leave.
+fn is_broken(request: &Request, layer: &Layer) -> bool {
+    let slots_per_rank = request.topology.slots_per_rank.max(1) as usize;
+    let has = |rank: usize, expert: u32| {
+        let slots = layer.placement.chunks(slots_per_rank).nth(rank);
+        slots.is_some_and(|slots| slots.contains(&expert))
+    };
+    let pins = request.pins.iter().filter(|pin| pin.layer.is_none_or(|own| own == layer.id));
+    let mut broken =
+        pins.filter(|pin| has(pin.rank as usize, pin.expert) != (pin.kind == PinKind::Must));
+    let active = |at: &usize| request.topology.ranks[*at].state == RankState::Active;
+    let stays = |expert| (0..request.topology.ranks.len()).filter(active).any(|at| has(at, expert));
+    broken.next().is_some() || (0..request.model.experts).any(|expert| !stays(expert))
 }
 
 fn proposed(request: &Request, change: &placer::Change) -> ProposedChange {
@@ -428,6 +448,7 @@ fn rank_rows(request: &Request, index: usize, slots: &[u32]) -> Vec<f64> {
 #[cfg(test)]
 pub(crate) mod tests {
     use policy_host::contract::placer::{Change, Comparison};
+    use policy_host::contract::types::Pin;
     use protocol::placement::Placement;
 
     use super::*;
@@ -470,6 +491,7 @@ pub(crate) mod tests {
             settings: "{}",
             budget: Budget { layers: None, moves_per_layer: None, bytes: None },
             costs: Vec::new(),
+            constraints: &Constraints::default(),
         };
         let request = question.request().unwrap();
         let of_ranks: Vec<u32> = request.topology.ranks.iter().map(|rank| rank.node).collect();
@@ -575,5 +597,31 @@ pub(crate) mod tests {
             assert_eq!(found, (changes, 1 - changes, changes), "{minimum_gain} {purpose:?}");
             assert_eq!(proposal.payback_steps.is_some(), changes == 1);
         }
+    }
+
+    #[test]
+    fn what_operators_have_asked_for_needs_no_gain() {
+        // Ranks of three slots: 0 and 1, 2 and 3, 4 and 5, and 6, 7 and 0.
+        let request = policy_host::example::placement("{}");
+        let pin = |layer, expert, rank, kind| Pin { layer, expert, rank, kind };
+        for (pin, broken) in [
+            (pin(None, 0, 0, PinKind::Must), false),
+            (pin(None, 0, 1, PinKind::Must), true),
+            (pin(None, 0, 3, PinKind::Never), true),
+            (pin(None, 0, 2, PinKind::Never), false),
+            (pin(Some(1), 0, 3, PinKind::Never), true),
+            (pin(Some(3), 0, 3, PinKind::Never), false),
+        ] {
+            let request = Request { pins: vec![pin], ..request.clone() };
+            assert_eq!(request.layers[0].id, 1);
+            assert_eq!(is_broken(&request, &request.layers[0]), broken, "{pin:?}");
+            let proposal = propose(("d", 0.26), &request, Purpose::Spread, 1);
+            assert_eq!(proposal.changes.len(), usize::from(broken), "{pin:?}");
+        }
+        let mut drained = request.clone();
+        drained.topology.ranks[1].state = RankState::Draining;
+        assert!(is_broken(&drained, &drained.layers[0]), "rank 1 alone has 2 and 3");
+        (drained.layers[0].placement[2], drained.layers[0].placement[8]) = (2, 3);
+        assert!(!is_broken(&drained, &drained.layers[0]), "others have them, too");
     }
 }

@@ -9,7 +9,7 @@ use tests::watcher::Watcher;
 use tests::worker_process::{program, until};
 
 use crate::assert_says;
-use crate::command::run;
+use crate::command::{run, run_as};
 use crate::tactics::made_up_sizes;
 
 const PROPOSALS: &str = "/api/v1/groups/g/proposals";
@@ -480,4 +480,73 @@ fn mode_auto_approves_within_limits() {
     }
     let (_, kept) = control.get(BALANCING).unwrap();
     assert_eq!((&kept["mode"], &kept["approve"]["moved"]), (&json!("auto"), &json!(4)));
+}
+
+/// Three ranks with four slots each for eight experts, and load in one of two layers.
+fn roomy(control: &Control) -> Vec<FakeWorker> {
+    let rank = |rank| {
+        let base = register(("g", rank, 3), 2, 8);
+        let registered = Register { asks: true, slots_per_rank: 4, ..base };
+        let (mut worker, _) = FakeWorker::dial(control, registered).unwrap();
+        worker.hold_what_is_told().unwrap();
+        worker
+    };
+    let mut workers: Vec<FakeWorker> = (0..3).map(rank).collect();
+    until("a placement in force", || {
+        let (_, all) = control.get("/api/v1/groups/g/placements")?;
+        Ok(all[0]["in_force"].is_object().then_some(()))
+    })
+    .unwrap();
+    tell_load(control, &mut workers[0]);
+    workers
+}
+
+/// Layers that a proposal changes, and the expert of every slot.
+fn changed(proposal: &Value) -> Vec<(u64, Vec<i64>)> {
+    let of = |change: &Value| {
+        let slots = change["phy2log"].as_array().unwrap().iter();
+        (change["layer"].as_u64().unwrap(), slots.map(|slot| slot.as_i64().unwrap()).collect())
+    };
+    proposal["changes"].as_array().unwrap().iter().map(of).collect()
+}
+
+#[test]
+fn plans_keep_what_operators_have_said_of_ranks_and_experts() {
+    if !has_policies() {
+        return;
+    }
+    let control = Control::start_patient().unwrap();
+    let _workers = roomy(&control);
+    let run = |arguments: &[&str]| run(&control, arguments);
+    assert_says(&run(&["constraints"]), &["no rank is to leave", "no expert is pinned"]);
+    let ask = json!({ "policy": "greedy_swap" });
+    // An expert that must not be where it is, in the layer without load.
+    run(&["constraints", "--never", "0:0@0", "--reason", "another tenant"]);
+    let (status, proposal) = propose(&control, &ask);
+    assert_eq!(status, 200, "{proposal}");
+    let changes = changed(&proposal);
+    let (_, slots) = changes.iter().find(|(layer, _)| *layer == 0).unwrap();
+    assert!(!slots[..4].contains(&0) && slots[4..].contains(&0), "{slots:?}");
+    // A rank that is to be taken away: of both layers all comes to have a place elsewhere.
+    run(&["constraints", "--unpin", "0:0@0", "--drain", "2", "--reason", "new memory"]);
+    let (status, proposal) = propose(&control, &ask);
+    assert_eq!(status, 200, "{proposal}");
+    let changes = changed(&proposal);
+    assert_eq!(changes.len(), 2, "{proposal}");
+    for (layer, slots) in &changes {
+        assert!((0..8).all(|expert| slots[..8].contains(&expert)), "layer {layer}: {slots:?}");
+    }
+    let moves = proposal["changes"][0]["moves"].as_array().unwrap();
+    assert!(moves.iter().any(|step| step["purpose"] == "drain"), "{moves:?}");
+    let said = run(&["constraints", "--rejoin", "2", "--speed", "1=0.5", "--reason", "back"]);
+    assert_says(&said, &["no rank is to leave", "0.5"]);
+    let (status, problem) = control
+        .put("/api/v1/groups/g/constraints", &json!({ "constraints": { "draining": [0, 1, 2] } }))
+        .unwrap();
+    assert_eq!(status, 400);
+    let expected = "draining is every rank, expected a rank that is left";
+    assert_says(problem["title"].as_str().unwrap(), &[expected]);
+    let wrong = ["constraints", "--must", "5-2", "--reason", "x"];
+    let refused = run_as(&control, Some(control.token()), &wrong);
+    assert_eq!(refused.status.code(), Some(64));
 }

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use crate::client::{Client, Failed, parameter, path};
 use crate::table::{self, Column};
 use crate::{
-    Balancing, Command, Decide, Format, Group, Migration, Policy, Propose, Rollback, Token,
+    Balancing, Command, Constraints, Decide, Format, Group, Migration, Policy, Propose, Rollback,
+    Token,
 };
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
@@ -70,6 +71,7 @@ pub(crate) fn run(
         Command::Balancing(balancing) => shown.balancing(balancing),
         Command::Approve(decide) => shown.decide(decide, "approve"),
         Command::Reject(decide) => shown.decide(decide, "reject"),
+        Command::Constraints(constraints) => shown.constraints(&constraints),
         Command::Migration(migration) => shown.migration(migration),
         Command::Rollback(rollback) => shown.roll_back(rollback),
         Command::Import { file, group, format, dry_run, reason } => {
@@ -169,6 +171,10 @@ const BALANCING: &[Column] = &[
     ("PROPOSAL", "/last/proposal"),
     ("PROBLEM", "/last/problem"),
 ];
+const DRAINING: &[Column] = &[("LEAVES", "")];
+const SPEEDS: &[Column] = &[("RANK", "/rank"), ("SPEED", "/speed")];
+const PINS: &[Column] =
+    &[("LAYER", "/layer"), ("EXPERT", "/expert"), ("RANK", "/rank"), ("PIN", "/kind")];
 const PACE: &[Column] = &[
     ("PAUSED", "/pace/paused"),
     ("LAYERS AT ONCE", "/pace/layers_at_once"),
@@ -298,6 +304,68 @@ const STATUS: &[Column] = &[
     ("OF LAYER", "/worst/layer"),
     ("PROBLEM", "/problem"),
 ];
+
+/// Changes constraints as the command line says.
+fn constrain(constraints: &mut Value, given: &Constraints) -> Result<(), Failed> {
+    let Constraints { drain, rejoin, speed, must, never, unpin, .. } = given;
+    let speeds = speed.iter().map(|text| speed_of(text)).collect::<Result<Vec<_>, _>>()?;
+    let pins =
+        |texts: &[String]| texts.iter().map(|text| pin_of(text)).collect::<Result<Vec<_>, _>>();
+    let [must, never, unpin] = [pins(must)?, pins(never)?, pins(unpin)?];
+    let list = |constraints: &mut Value, name: &str, change: &dyn Fn(&mut Vec<Value>)| {
+        if let Some(items) = constraints[name].as_array_mut() {
+            change(items);
+        }
+    };
+    list(constraints, "draining", &|ranks| {
+        ranks.retain(|rank| !drain.iter().chain(rejoin).any(|given| rank == given));
+        ranks.extend(drain.iter().map(|rank| json!(rank)));
+    });
+    list(constraints, "speeds", &|known| {
+        known.retain(|of| !speeds.iter().any(|given| given["rank"] == of["rank"]));
+        known.extend(speeds.iter().filter(|of| of["speed"] != 1.0).cloned());
+    });
+    list(constraints, "pins", &|known| {
+        let same = |one: &Value, other: &Value| {
+            ["layer", "expert", "rank"].iter().all(|member| one[*member] == other[*member])
+        };
+        let given = || must.iter().chain(&never).chain(&unpin);
+        known.retain(|pin| !given().any(|given| same(pin, given)));
+        for (pins, kind) in [(&must, "must"), (&never, "never")] {
+            known.extend(pins.iter().cloned().map(|mut pin| {
+                pin["kind"] = json!(kind);
+                pin
+            }));
+        }
+    });
+    Ok(())
+}
+
+/// Such as `3=0.8`.
+fn speed_of(text: &str) -> Result<Value, Failed> {
+    let parse = || {
+        let (rank, speed) = text.split_once('=')?;
+        let (rank, speed): (u32, f32) = (rank.parse().ok()?, speed.parse().ok()?);
+        Some(json!({ "rank": rank, "speed": speed }))
+    };
+    let (what, value, expected) = ("--speed", text.to_owned(), "RANK=SPEED such as 3=0.8");
+    parse().ok_or(Failed::Value { what, value, expected })
+}
+
+/// Such as `5@2` or `7:5@2`.
+fn pin_of(text: &str) -> Result<Value, Failed> {
+    let parse = || {
+        let (layer, rest) = match text.split_once(':') {
+            Some((layer, rest)) => (Some(layer.parse::<u32>().ok()?), rest),
+            None => (None, text),
+        };
+        let (expert, rank) = rest.split_once('@')?;
+        let (expert, rank): (u32, u32) = (expert.parse().ok()?, rank.parse().ok()?);
+        Some(json!({ "layer": layer, "expert": expert, "rank": rank }))
+    };
+    let (what, value, expected) = ("a pin", text.to_owned(), "EXPERT@RANK or LAYER:EXPERT@RANK");
+    parse().ok_or(Failed::Value { what, value, expected })
+}
 
 /// So many hours ago, in milliseconds since 1970.
 fn hours_ago(hours: u32) -> u64 {
@@ -464,6 +532,23 @@ impl<W: Write> Shown<'_, W> {
         let body = json!({ "ask": ask, "reason": reason });
         let made = self.client.post(&path(&["groups", &group, "proposals"]), &body)?;
         self.proposal(&made)
+    }
+
+    fn constraints(&mut self, given: &Constraints) -> Result<(), Failed> {
+        let group = self.group(Group { group: given.group.group.clone() })?;
+        let path = path(&["groups", &group, "constraints"]);
+        let mut constraints = self.client.get(&path)?;
+        if let Some(reason) = &given.reason {
+            constrain(&mut constraints, given)?;
+            let body = json!({ "constraints": constraints, "reason": reason });
+            constraints = self.client.put(&path, &body)?;
+        }
+        if self.json {
+            return Ok(writeln!(self.out, "{constraints:#}")?);
+        }
+        self.list(&constraints["draining"], DRAINING, "no rank is to leave")?;
+        self.list(&constraints["speeds"], SPEEDS, "all ranks are equally fast")?;
+        self.list(&constraints["pins"], PINS, "no expert is pinned")
     }
 
     fn migration(&mut self, given: Migration) -> Result<(), Failed> {

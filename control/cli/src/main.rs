@@ -118,6 +118,8 @@ enum Command {
     Approve(Decide),
     /// Rejects a proposal.
     Reject(Decide),
+    /// What plans have to keep: ranks that are to leave, speeds, experts that must or must not be somewhere.
+    Constraints(Constraints),
     /// What is on its way to other placements, and how far it is; pauses it, goes on, or changes how fast.
     Migration(Migration),
     /// Gives up what is on its way: every layer keeps what is in force. With --layer and --epoch that layer goes back to a
@@ -241,6 +243,33 @@ struct Balancing {
     /// Most bytes of one.
     #[arg(long, requires = "reason")]
     approve_bytes: Option<u64>,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: Option<String>,
+}
+
+#[derive(Args)]
+struct Constraints {
+    #[command(flatten)]
+    group: Group,
+    /// Has the next plans find a place elsewhere for all that a rank has, so that it can be taken away.
+    #[arg(long, value_name = "RANK", requires = "reason")]
+    drain: Vec<u32>,
+    /// Gives a rank experts again.
+    #[arg(long, value_name = "RANK", requires = "reason")]
+    rejoin: Vec<u32>,
+    /// Says how fast a rank is beside the others, such as 3=0.8; 1 where nobody says so.
+    #[arg(long, value_name = "RANK=SPEED", requires = "reason")]
+    speed: Vec<String>,
+    /// An expert that must have a replica on a rank, such as 5@2, or 7:5@2 in layer 7 alone.
+    #[arg(long, value_name = "[LAYER:]EXPERT@RANK", requires = "reason")]
+    must: Vec<String>,
+    /// An expert that must have none there.
+    #[arg(long, value_name = "[LAYER:]EXPERT@RANK", requires = "reason")]
+    never: Vec<String>,
+    /// Takes a pin away.
+    #[arg(long, value_name = "[LAYER:]EXPERT@RANK", requires = "reason")]
+    unpin: Vec<String>,
     /// Kept in the audit log.
     #[arg(long)]
     reason: Option<String>,

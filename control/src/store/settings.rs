@@ -10,6 +10,7 @@ use super::audit::{self, Entry};
 use super::{Store, StoreError};
 use crate::balancing::Balancing;
 use crate::choosing::Chooser;
+use crate::constraints::Constraints;
 use crate::motion::Pace;
 use crate::shadowing::Shadows;
 
@@ -25,6 +26,10 @@ impl Setting for Balancing {
 
 impl Setting for Chooser {
     const KIND: &str = "tactics";
+}
+
+impl Setting for Constraints {
+    const KIND: &str = "constraints";
 }
 
 impl Setting for Shadows {
