@@ -23,6 +23,7 @@ mod tactics;
 mod tag;
 mod tokens;
 mod views;
+mod whatif;
 mod windows;
 
 use std::collections::BTreeMap;
@@ -85,6 +86,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(proposals::reject))
         .routes(routes!(proposals::tradeoffs))
         .routes(routes!(balancing::balancing, balancing::set))
+        .routes(routes!(whatif::whatif))
         .routes(routes!(constraints::constraints, constraints::set_constraints))
         .routes(routes!(shadows::shadows, shadows::set_shadows))
         .routes(routes!(tactics::tactics, tactics::set_chooser))

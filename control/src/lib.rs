@@ -21,6 +21,7 @@ mod deciding;
 mod exchange;
 mod fleet;
 pub mod limits;
+mod losing;
 mod migrate;
 mod migrating;
 mod motion;

@@ -65,7 +65,6 @@ impl Question<'_> {
             }
         }
         let now_ms = self.loads.iter().map(|load| load.end_ms).max().unwrap_or(0);
-        let weights = 3 * u64::from(layer.hidden) * u64::from(layer.intermediate);
         Ok(Request {
             context: Context { now_ms, seed: 0, settings: self.settings.to_owned() },
             topology: self.topology(slots_per_rank),
@@ -73,8 +72,7 @@ impl Question<'_> {
                 experts: layer.experts,
                 expert_groups: 1,
                 top_k: layer.top_k,
-                // NVFP4: 4 bits, and a scale of 8 for every 16.
-                expert_bytes: weights * 9 / 16,
+                expert_bytes: expert_bytes(layer),
             },
             layers: self.in_force.iter().map(placed_layer).collect(),
             windows: self.windows(served, layer.experts as usize),
@@ -140,6 +138,11 @@ impl Question<'_> {
             })
             .collect()
     }
+}
+
+/// Bytes of an expert: NVFP4 has 4 bits, and a scale of 8 for every 16.
+pub(crate) fn expert_bytes(layer: &ServedLayer) -> u64 {
+    3 * u64::from(layer.hidden) * u64::from(layer.intermediate) * 9 / 16
 }
 
 fn placed_layer(placed: &LayerPlacement) -> Layer {

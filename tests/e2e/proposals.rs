@@ -550,3 +550,31 @@ fn plans_keep_what_operators_have_said_of_ranks_and_experts() {
     let refused = run_as(&control, Some(control.token()), &wrong);
     assert_eq!(refused.status.code(), Some(64));
 }
+
+#[test]
+fn what_would_be_without_a_rank_is_said() {
+    let control = Control::start_patient().unwrap();
+    let _workers = roomy(&control);
+    let whatif = |lost: &str| control.get(&format!("/api/v1/groups/g/whatif?lost={lost}")).unwrap();
+    let (_, placements) = control.get("/api/v1/groups/g/placements").unwrap();
+    let slots = placements[1]["in_force"]["phy2log"].as_array().unwrap().clone();
+    let (status, loss) = whatif("2");
+    assert_eq!((status, &loss["lost"]), (200, &json!([2])), "{loss}");
+    let gone: Vec<Value> =
+        (0..8).map(|expert| json!(expert)).filter(|expert| !slots[..8].contains(expert)).collect();
+    assert!(!gone.is_empty(), "{slots:?}");
+    let layer = &loss["layers"][1];
+    assert_eq!((&layer["gone"], &layer["room"]), (&json!(gone), &json!(true)));
+    assert!(layer["max_over_mean"].as_f64() >= Some(1.0), "{layer}");
+    assert_eq!(loss["layers"][0]["max_over_mean"], Value::Null, "no rows there");
+    // 64 x 64, three matrices, NVFP4.
+    let expert = 3 * 64 * 64 * 9 / 16;
+    assert_eq!(loss["bytes"].as_u64().unwrap(), loss["gone"].as_u64().unwrap() * expert);
+    assert_eq!(whatif("1,2").1["room"], false);
+    for wrong in ["3", "x", "", "1,,2"] {
+        let (status, problem) = whatif(wrong);
+        assert_eq!(status, 400, "{wrong}");
+        assert_says(problem["title"].as_str().unwrap(), &["expected ranks, 0 to 2"]);
+    }
+    assert_says(&run(&control, &["whatif", "--lost", "1,2"]), &["EXPERTS GONE", "false"]);
+}

@@ -71,6 +71,7 @@ pub(crate) fn run(
         Command::Balancing(balancing) => shown.balancing(balancing),
         Command::Approve(decide) => shown.decide(decide, "approve"),
         Command::Reject(decide) => shown.decide(decide, "reject"),
+        Command::Whatif { group, lost } => shown.loss(group, &lost),
         Command::Constraints(constraints) => shown.constraints(&constraints),
         Command::Migration(migration) => shown.migration(migration),
         Command::Rollback(rollback) => shown.roll_back(rollback),
@@ -170,6 +171,14 @@ const BALANCING: &[Column] = &[
     ("ASKED", "/last/asked_ms"),
     ("PROPOSAL", "/last/proposal"),
     ("PROBLEM", "/last/problem"),
+];
+const LOSS: &[Column] =
+    &[("LOST", "/lost"), ("EXPERTS GONE", "/gone"), ("BYTES", "/bytes"), ("ROOM", "/room")];
+const LAYER_LOSS: &[Column] = &[
+    ("LAYER", "/layer"),
+    ("MAX/MEAN OF THE OTHERS", "/max_over_mean"),
+    ("ROOM", "/room"),
+    ("EXPERTS GONE", "/gone"),
 ];
 const DRAINING: &[Column] = &[("LEAVES", "")];
 const SPEEDS: &[Column] = &[("RANK", "/rank"), ("SPEED", "/speed")];
@@ -532,6 +541,17 @@ impl<W: Write> Shown<'_, W> {
         let body = json!({ "ask": ask, "reason": reason });
         let made = self.client.post(&path(&["groups", &group, "proposals"]), &body)?;
         self.proposal(&made)
+    }
+
+    fn loss(&mut self, group: Group, lost: &str) -> Result<(), Failed> {
+        let group = self.group(group)?;
+        let whatif = path(&["groups", &group, "whatif"]);
+        let loss = self.client.get(&format!("{whatif}?{}", parameter("lost", lost)))?;
+        if self.json {
+            return Ok(writeln!(self.out, "{loss:#}")?);
+        }
+        self.list(&Value::Array(vec![loss.clone()]), LOSS, "")?;
+        self.list(&loss["layers"], LAYER_LOSS, "no layers")
     }
 
     fn constraints(&mut self, given: &Constraints) -> Result<(), Failed> {

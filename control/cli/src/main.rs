@@ -118,6 +118,14 @@ enum Command {
     Approve(Decide),
     /// Rejects a proposal.
     Reject(Decide),
+    /// What would be if ranks were lost: experts without a replica elsewhere, room for them, evenness of the others.
+    Whatif {
+        #[command(flatten)]
+        group: Group,
+        /// Ranks that would be lost together, such as 2 or 2,3.
+        #[arg(long, value_name = "RANKS")]
+        lost: String,
+    },
     /// What plans have to keep: ranks that are to leave, speeds, experts that must or must not be somewhere.
     Constraints(Constraints),
     /// What is on its way to other placements, and how far it is; pauses it, goes on, or changes how fast.
