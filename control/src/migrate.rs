@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use protocol::session::{FromControl, LayerPlacement};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::fleet::Command;
 use crate::limits::{COMMITTED_LOOKED_AT, MIGRATE_REST_MS, MIGRATE_TICK_MS};
@@ -22,6 +22,9 @@ struct Known {
     newest: BTreeMap<u32, u64>,
     pace: Pace,
 }
+
+/// A layer whose ranks do not all hold its newest committed epoch: its number, that epoch, and what ranks say.
+type OnItsWay = (u32, u64, Vec<RankLayer>);
 
 /// Looks after every group, again and again.
 pub(crate) async fn run(state: Shared) {
@@ -63,7 +66,7 @@ async fn look_after(
     let now_ms = now_ms();
     let layers = state.fleet().staging(group, None, now_ms, state.patience_ms());
     let Ok(layers) = layers else { return Ok(()) };
-    let on_their_way: Vec<(u32, u64, Vec<RankLayer>)> = layers
+    let on_their_way: Vec<OnItsWay> = layers
         .into_iter()
         .filter_map(|(layer, ranks)| {
             let newest = *newest.get(&layer)?;
@@ -71,7 +74,7 @@ async fn look_after(
             behind.then_some((layer, newest, ranks))
         })
         .collect();
-    watch(state, group, &on_their_way, now_ms).await?;
+    watch(state, group, (&on_their_way, pace), now_ms).await?;
     let steps: Vec<(u32, Step)> = on_their_way
         .iter()
         .map(|(layer, newest, ranks)| (*layer, Step::of(ranks, *newest)))
@@ -85,32 +88,42 @@ async fn look_after(
     Ok(())
 }
 
-/// Keeps what is seen of layers on their way, and tells those who watch of every step.
+/// Keeps what is seen of layers on their way, and tells those who watch of every step, and of ranks that do not get on.
 async fn watch(
     state: &State,
     group: &str,
-    on_their_way: &[(u32, u64, Vec<RankLayer>)],
+    (on_their_way, pace): (&[OnItsWay], &Pace),
     now_ms: u64,
 ) -> Result<(), StoreError> {
-    let new: Vec<(u32, u64, Step)> = {
+    let new: Vec<Value> = {
         let mut motions = state.motions();
         let before = motions.remove(group).unwrap_or_default();
-        let seen = |(layer, newest, ranks): &(u32, u64, Vec<RankLayer>)| {
-            let now = (*newest, Step::of(ranks, *newest));
-            (*layer, Motion::seen(before.get(layer), ranks, now, now_ms))
-        };
-        let now: Motions = on_their_way.iter().map(seen).collect();
         let at = |motion: &Motion| (motion.epoch, motion.step);
-        let new = now
-            .iter()
-            .filter(|(layer, motion)| before.get(layer).map(at) != Some(at(motion)))
-            .map(|(layer, motion)| (*layer, motion.epoch, motion.step))
-            .collect();
+        let (mut now, mut new) = (Motions::new(), Vec::new());
+        for (layer, epoch, ranks) in on_their_way {
+            let known = before.get(layer);
+            let here = (*epoch, Step::of(ranks, *epoch));
+            let mut motion = Motion::seen(known, ranks, here, now_ms);
+            if pace.paused {
+                motion.rest(now_ms);
+            }
+            let stuck = motion.stuck(ranks, pace, now_ms);
+            if known.map(at) != Some(at(&motion)) || stuck.is_some() && !motion.told_stuck {
+                let (epoch, step) = here;
+                new.push(json!({
+                    "group": group, "layer": layer, "epoch": epoch, "step": step, "stuck": stuck,
+                }));
+            }
+            if let Some(stuck) = stuck.as_ref().filter(|_| !motion.told_stuck) {
+                tracing::warn!(group, layer, epoch, ?stuck, "a migration does not get on");
+            }
+            motion.told_stuck = stuck.is_some();
+            now.insert(*layer, motion);
+        }
         motions.insert(group.to_owned(), now);
         new
     };
-    for (layer, epoch, step) in new {
-        let told = json!({ "group": group, "layer": layer, "epoch": epoch, "step": step });
+    for told in new {
         state.store.tell("migration", &told, now_ms).await?;
     }
     Ok(())

@@ -45,6 +45,12 @@ impl Pace {
         within("bytes_per_second", self.bytes_per_second, COUNT_MAX)
     }
 
+    /// How long a rank may take for so many bytes of each of the layers that are under way.
+    fn copy_ms(&self, bytes: u64) -> u64 {
+        let all = bytes.saturating_mul(self.layers_at_once.into()).saturating_mul(1_000);
+        all / self.bytes_per_second.max(1)
+    }
+
     /// What ranks are told.
     pub(crate) fn throttle(&self) -> u64 {
         if self.paused { 0 } else { self.bytes_per_second }
@@ -123,6 +129,8 @@ pub(crate) struct Motion {
     pub(crate) step: Step,
     /// Since when it is at this step, in milliseconds since 1970.
     pub(crate) since_ms: u64,
+    /// Whether somebody was told of a rank that does not get on.
+    pub(crate) told_stuck: bool,
     /// What each rank said last, and since when.
     ranks: Vec<(Word, u64)>,
 }
@@ -155,7 +163,13 @@ impl Motion {
             (word, since_ms.unwrap_or(now_ms))
         };
         let ranks = ranks.iter().enumerate().map(word).collect();
-        Self { epoch, step, since_ms: since_ms.unwrap_or(now_ms), ranks }
+        let told_stuck = before.is_some_and(|before| before.told_stuck);
+        Self { epoch, step, since_ms: since_ms.unwrap_or(now_ms), told_stuck, ranks }
+    }
+
+    /// In a pause nobody is waited for, however long it lasts.
+    pub(crate) fn rest(&mut self, now_ms: u64) {
+        self.ranks.iter_mut().for_each(|(_, since_ms)| *since_ms = now_ms);
     }
 
     /// The first rank that the others wait for, and that has said nothing new for long. A layer that is to be in force waits for
@@ -169,8 +183,9 @@ impl Motion {
         let numbered = (0..).zip(self.ranks.iter().zip(ranks));
         let mut stuck = numbered.filter_map(|(rank, ((word, said_ms), of))| {
             let quiet_ms = now_ms.saturating_sub(*(said_ms).max(&self.since_ms));
-            let bytes_left = of.to(self.epoch).map_or(0, |staging| staging.bytes_left);
-            let stuck = waited_for(word) && quiet_ms >= STUCK_MS;
+            let [bytes, bytes_left] =
+                of.to(self.epoch).map_or([0; 2], |staging| [staging.bytes, staging.bytes_left]);
+            let stuck = waited_for(word) && quiet_ms >= STUCK_MS + pace.copy_ms(bytes);
             stuck.then_some(Stuck { rank, bytes_left, seconds: quiet_ms / 1_000 })
         });
         stuck.next()
@@ -275,6 +290,14 @@ mod tests {
         assert_eq!(stuck(&later, &now, false, 19_999 + STUCK_MS), None);
         assert_eq!(stuck(&later, &now, false, 21_500 + STUCK_MS), Some((1, 20, 31)));
         assert_eq!(stuck(&later, &now, true, 21_500 + STUCK_MS), None, "in a pause");
+        // 40 bytes of one layer take 40 s.
+        let slow_pace = Pace { bytes_per_second: 1, ..pace(1, false) };
+        let stuck_when_slow = |now_ms| later.stuck(&now, &slow_pace, now_ms).is_some();
+        assert!(!stuck_when_slow(59_999 + STUCK_MS) && stuck_when_slow(60_000 + STUCK_MS));
+        // The time of a pause does not count.
+        let mut rested = later.clone();
+        rested.rest(100_000);
+        assert_eq!(stuck(&rested, &now, false, 99_999 + STUCK_MS), None);
         // It never answered.
         let silent = [has.clone(), IDLE];
         let unheard = Motion::seen(None, &silent, staging, 0);

@@ -31,7 +31,7 @@ struct Watcher {
     _place: OwnedSemaphorePermit,
 }
 
-/// What happens: `worker` (group, rank, state), `placement` (group, epochs in force), `migration` (group, layer, epoch, step),
+/// What happens: `worker` (group, rank, state), `placement` (group, epochs in force), `migration` (group, layer, epoch, step, stuck),
 /// `window` (group, end_ms), `proposal` (group, id, standing), `audit` (id, action, target, actor). After `last-event-id` nothing is left out or repeated;
 /// where that cannot be, because too much has happened since, a `missed` comes first, and everything is to
 /// be read again. A comment comes at least every 15 s. The stream ends after a quarter of an hour, so that
