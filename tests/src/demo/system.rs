@@ -38,7 +38,12 @@ pub(super) struct Balance {
 
 impl System {
     pub(super) fn alone(model: &Path, device: &str) -> Result<Self> {
-        Ok(Self::Alone(Worker::start(model, &["--device", device])?))
+        let mut options = vec!["--device", device];
+        if device == "cuda" {
+            // Answers are compared bit by bit with those of other batches: one order of sums for all of them.
+            options.extend(["--tactic", "streamed"]);
+        }
+        Ok(Self::Alone(Worker::start(model, &options)?))
     }
 
     /// Waits until the placement that control pushes is in force.
