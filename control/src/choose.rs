@@ -1,10 +1,11 @@
 //! Has tactics policies choose by what was measured, and workers use what was chosen: looks whenever a worker has told something
 //! new of its tactics, or the store has changed.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use policy_host::Verdict;
 use policy_host::store::digest;
 use protocol::session::FromControl;
 use protocol::tactics::{Choice, Problem, Tactics};
@@ -33,8 +34,8 @@ enum ChooseError {
 pub(crate) async fn run(state: Shared) {
     let mut time = tokio::time::interval(Duration::from_millis(CHOOSE_TICK_MS));
     let mut told = state.store.told();
-    // Questions that had no answer, by group: they are not asked again before they change.
-    let mut failed: BTreeMap<String, String> = BTreeMap::new();
+    // Groups and questions to which a policy had no answer: the same would have none again.
+    let mut failed: BTreeSet<String> = BTreeSet::new();
     loop {
         tokio::select! {
             _ = time.tick() => {}
@@ -57,7 +58,7 @@ pub(crate) async fn run(state: Shared) {
 async fn look_after(
     state: &State,
     group: &str,
-    failed: &mut BTreeMap<String, String>,
+    failed: &mut BTreeSet<String>,
 ) -> Result<(), ChooseError> {
     let ranks = state.fleet().tactics(group);
     let mut done: Vec<(Tactics, Vec<Choice>)> = Vec::new();
@@ -87,7 +88,7 @@ async fn wanted(
     state: &State,
     group: &str,
     tactics: &Tactics,
-    failed: &mut BTreeMap<String, String>,
+    failed: &mut BTreeSet<String>,
 ) -> Result<Vec<Choice>, ChooseError> {
     let chooser: Chooser = state.store.setting(group).await?;
     let known = state.store.chosen(group).await?;
@@ -117,7 +118,7 @@ async fn choose(
     state: &State,
     group: &str,
     (chooser, tactics, problem): (&Chooser, &Tactics, &Problem),
-    (before, failed): (Option<&Chosen>, &mut BTreeMap<String, String>),
+    (before, failed): (Option<&Chosen>, &mut BTreeSet<String>),
 ) -> Result<Option<Chosen>, ChooseError> {
     let measurements = state.store.measurements(&tactics.provenance, problem).await?;
     let settings = chooser.settings_text();
@@ -127,15 +128,18 @@ async fn choose(
     let version = policy(state, &chooser.policy).await?.digest().to_owned();
     let same_without_previous = question(tactics, problem, &measurements, &[], &settings);
     let input = digest(&serde_json::to_vec(&(&version, same_without_previous))?);
-    let name = format!("{group} {problem:?}");
-    if before.is_some_and(|before| before.input == input) || failed.get(&name) == Some(&input) {
+    let asked = format!("{group} {input}");
+    if before.is_some_and(|before| before.input == input) || failed.contains(&asked) {
         return Ok(None);
     }
-    // Until there is an answer.
-    failed.insert(name.clone(), input.clone());
     let request = Arc::new(request);
-    let (_, answer) = ask(state, group, (&chooser.policy, settings), &request).await?;
-    failed.remove(&name);
+    let answered = ask(state, group, (&chooser.policy, settings), &request).await;
+    if let Err(AskError::Verdict { verdict, .. }) = &answered
+        && !matches!(verdict, Verdict::Busy { .. } | Verdict::Host { .. })
+    {
+        failed.insert(asked);
+    }
+    let (_, answer) = answered?;
     let chosen = Chosen {
         provenance: tactics.provenance.clone(),
         problem: *problem,

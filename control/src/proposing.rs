@@ -409,7 +409,7 @@ impl Tradeoff {
         let ratios = request.layers.iter().enumerate().filter_map(|(index, layer)| {
             let change = plan.changes.iter().find(|change| change.layer == layer.id);
             let slots = change.map_or(&layer.placement, |change| &change.placement);
-            max_over_mean(&rank_rows(request, index, slots))
+            max_over_mean(&rank_rows(request, &request.windows, index, slots))
         });
         let ratios: Vec<f64> = ratios.collect();
         let worst = ratios.iter().copied().reduce(f64::max)?;
@@ -437,11 +437,16 @@ impl Tradeoff {
     }
 }
 
-/// Rows of each rank of a layer, by all windows of a request, if replicas share their expert's rows evenly.
-fn rank_rows(request: &Request, index: usize, slots: &[u32]) -> Vec<f64> {
+/// Rows of each rank of a layer, by some windows of a request, if replicas share their expert's rows evenly.
+pub(crate) fn rank_rows<'a>(
+    request: &Request,
+    windows: impl IntoIterator<Item = &'a Window>,
+    index: usize,
+    slots: &[u32],
+) -> Vec<f64> {
     let experts = request.model.experts as usize;
     let mut rows = vec![0.0; experts];
-    for window in &request.windows {
+    for window in windows {
         let of_layer = window.load.chunks(experts.max(1)).nth(index).unwrap_or_default();
         rows.iter_mut().zip(of_layer).for_each(|(sum, count)| *sum += f64::from(*count));
     }

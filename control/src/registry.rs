@@ -56,7 +56,9 @@ async fn unknown(state: &State, name: String) -> Result<AskError, StoreError> {
 
 /// The version with this digest.
 async fn version(state: &State, digest: &str) -> Result<Arc<Component>, AskError> {
-    if let Some(loaded) = state.policies.loaded(digest) {
+    // What is loaded may have been refused since: only what is kept is a version.
+    let kept = state.store.policy(digest).await?.is_some();
+    if let Some(loaded) = state.policies.loaded(digest).filter(|_| kept) {
         return Ok(loaded);
     }
     if let Some(component) = state.store.component(digest).await? {

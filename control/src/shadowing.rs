@@ -1,7 +1,6 @@
 //! Shadows: policies that are asked beside the one that a group is balanced by, and whose plans nobody carries out. A plan is
 //! scored by the window that comes after those that it was made of: how even its placements would have been then. Pure.
 
-use planning::layer::rank_loads;
 use policy_host::contract::placer::{Plan, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -11,6 +10,7 @@ use crate::balance::max_over_mean;
 use crate::balancing::Balancing;
 use crate::limits::SHADOWS_MAX;
 use crate::propose::{BudgetOf, OutOfRange};
+use crate::proposing::rank_rows;
 
 /// Who is asked beside the policy that a group is balanced by.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -93,16 +93,9 @@ pub(crate) struct Score {
 /// How even `placements`, one for each layer of `request`, were in the newest window of it; none without rows.
 pub(crate) fn score(request: &Request, placements: &[Vec<u32>]) -> Option<Score> {
     let newest_ms = request.windows.iter().map(|window| window.end_ms).max()?;
-    let newest: Vec<_> = request.windows.iter().filter(|w| w.end_ms == newest_ms).collect();
-    let experts = request.model.experts as usize;
-    let slots_per_rank = request.topology.slots_per_rank as usize;
+    let newest = || request.windows.iter().filter(|window| window.end_ms == newest_ms);
     let ratio = |(index, slots): (usize, &Vec<u32>)| {
-        let mut rows = vec![0.0; experts];
-        for window in &newest {
-            let of_layer = window.load.chunks(experts.max(1)).nth(index).unwrap_or_default();
-            rows.iter_mut().zip(of_layer).for_each(|(sum, count)| *sum += f64::from(*count));
-        }
-        max_over_mean(&rank_loads(slots, slots_per_rank, &rows))
+        max_over_mean(&rank_rows(request, newest(), index, slots))
     };
     let ratios: Vec<f64> = placements.iter().enumerate().filter_map(ratio).collect();
     let worst = ratios.iter().copied().reduce(f64::max)?;

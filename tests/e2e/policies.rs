@@ -42,6 +42,8 @@ fn balance_by(control: &Control, policy: &str) {
 
 const HARMLESS: &str = "policy-registry/harmless.wasm";
 const TRAPS: &str = "policy-registry/traps_live.wasm";
+/// SHA-256 of `policy-v0.1/routing.wasm`.
+const REFUSED: &str = "f2b9df2a13a7d768c978265eac9b02d4f7cfebc73c71d0a40aadc0f8fc573ec3";
 /// `deepseek_eplb` as it was once.
 const FROZEN: &str = "policy-v0.1/placement.wasm";
 
@@ -130,6 +132,12 @@ fn a_policy_that_fails_is_not_activated_where_it_is_used_and_its_verdicts_are_ke
     let (status, problem) = decide(&control, &traps, "activate");
     assert_eq!(status, 409, "{problem}");
     assert_says(problem["title"].as_str().unwrap(), &["the group g is balanced by it: trapped"]);
+    // One that decides something else, under the same name, is no version.
+    let (status, problem) = upload(&control, "policy-v0.1/routing.wasm");
+    assert_eq!(status, 409, "{problem}");
+    assert_says(problem["title"].as_str().unwrap(), &["it decides routing"]);
+    let (status, problem) = propose(&control, REFUSED);
+    assert_eq!(status, 404, "{problem}");
     // The good one stands, and the other may still be asked by its digest.
     assert_eq!(propose(&control, "hostile").1["policy_digest"], json!(harmless));
     let before = control.get("/api/v1/groups/g/placements").unwrap().1;

@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 use crate::exchange::ExchangeError;
 use crate::policies::AskError;
 use crate::propose::{OutOfRange, ProposeError};
+use crate::proposing::Unaskable;
 use crate::store::StoreError;
 use crate::store::tokens::EndError;
 
@@ -86,6 +87,12 @@ impl ApiError {
     pub(crate) fn cursor(value: &str) -> Self {
         let expected = "`next` of the part before".to_owned();
         Self::Value { name: "cursor", value: value.to_owned(), expected }
+    }
+
+    /// No placement is in force in a group.
+    pub(crate) fn nothing_in_force(group: &str) -> Self {
+        let (name, reason) = (group.to_owned(), Unaskable::NothingInForce.to_string());
+        Self::Conflict { what: "group", name, reason }
     }
 
     /// Why nothing was proposed for a group.

@@ -9,7 +9,6 @@ use super::ask::{JsonOf, PathOf, reason, register_of};
 use super::error::{ApiError, Problem};
 use super::exchange::ImportedView;
 use super::gate::Caller;
-use crate::proposing::Unaskable;
 use crate::state::{Shared, State as Whole, now_ms};
 use crate::store::placements::RollbackError;
 
@@ -63,10 +62,6 @@ pub(super) async fn roll_back(
 fn in_force(state: &Whole, group: &str) -> Result<Vec<(u32, u64)>, ApiError> {
     let fleet = state.fleet();
     let placed = fleet.in_force(group, now_ms(), state.patience_ms());
-    let nothing = || ApiError::Conflict {
-        what: "group",
-        name: group.to_owned(),
-        reason: Unaskable::NothingInForce.to_string(),
-    };
-    Ok(placed.ok_or_else(nothing)?.iter().map(|layer| (layer.layer, layer.epoch)).collect())
+    let placed = placed.ok_or_else(|| ApiError::nothing_in_force(group))?;
+    Ok(placed.iter().map(|layer| (layer.layer, layer.epoch)).collect())
 }

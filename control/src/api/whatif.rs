@@ -11,7 +11,7 @@ use super::ask::{PathOf, QueryOf, register_of};
 use super::balancedness::{add, each_load};
 use super::error::{ApiError, Problem};
 use crate::losing::without;
-use crate::proposing::{Unaskable, expert_bytes};
+use crate::proposing::expert_bytes;
 use crate::state::{Shared, now_ms};
 use crate::store::windows::{Of, Span};
 
@@ -78,13 +78,8 @@ pub(super) async fn whatif(
     }
     let fleet = state.fleet();
     let in_force = fleet.in_force(&group, now_ms(), state.patience_ms());
-    let nothing = || ApiError::Conflict {
-        what: "group",
-        name: group.clone(),
-        reason: Unaskable::NothingInForce.to_string(),
-    };
     let layers: Vec<LayerLoss> = in_force
-        .ok_or_else(nothing)?
+        .ok_or_else(|| ApiError::nothing_in_force(&group))?
         .iter()
         .map(|placed| {
             let rows = loads.get(&placed.layer).map(Vec::as_slice).unwrap_or_default();
