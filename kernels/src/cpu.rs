@@ -222,13 +222,15 @@ impl CpuDevice {
     ) -> Result<(), CallError> {
         let ours = match *part {
             Part::Calls { position, call } => {
+                let absent = self.group.enter_to_call()?;
                 let layer = &self.layers[position];
-                outgoing.route(layer, self.group.rank(), call.top_k);
+                outgoing.route(layer, (self.group.rank(), call.top_k), absent)?;
                 self.send(call, layer, outgoing, scratch);
                 let LayerCall { tokens, top_k, form, .. } = *call;
                 let ready = layer.ready();
                 let (layer, epoch, pairs) = (layer.number, layer.held.epoch, outgoing.counts());
-                Announcement { role: Role::Calls, layer, form, epoch, ready, tokens, top_k, pairs }
+                let role = Role::Calls;
+                Announcement { role, layer, form, epoch, ready, absent, tokens, top_k, pairs }
             }
             Part::Joins { asked } => self.joins(asked, outgoing.counts()),
         };
@@ -294,17 +296,19 @@ impl CpuDevice {
     /// What a rank announces whose engine does not call.
     fn joins(&mut self, asked: Option<u32>, pairs: Vec<u32>) -> Announcement {
         let pending = self.group.pending();
+        let absent = self.group.enter();
         let known = pending.and_then(|a| Some((a.form, &self.layers[self.position(a.layer)?])));
         let (tokens, top_k) = (0, 1);
         match known {
             Some((form, layer)) => {
                 let (layer, epoch, ready) = (layer.number, layer.held.epoch, layer.ready());
-                Announcement { role: Role::Joins, layer, form, epoch, ready, tokens, top_k, pairs }
+                let role = Role::Joins;
+                Announcement { role, layer, form, epoch, ready, absent, tokens, top_k, pairs }
             }
             None => {
                 let (layer, form) = (asked.unwrap_or(NO_LAYER), Form::default());
                 let (role, epoch, ready) = (Role::Refused, 0, 0);
-                Announcement { role, layer, form, epoch, ready, tokens, top_k, pairs }
+                Announcement { role, layer, form, epoch, ready, absent, tokens, top_k, pairs }
             }
         }
     }

@@ -140,6 +140,18 @@ pub enum CallError {
         /// Pairs there is room for.
         max: u32,
     },
+    /// An expert whose replicas are all on ranks that were lost.
+    #[error(
+        "expert {expert} of layer {layer} has no live replica: ranks {lost:?} of the group are lost"
+    )]
+    Unavailable {
+        /// The layer.
+        layer: u32,
+        /// The expert.
+        expert: u32,
+        /// Ranks that are lost.
+        lost: Vec<u32>,
+    },
     /// The device failed; what it says.
     #[error("the device failed: {reason}")]
     Device {

@@ -13,6 +13,9 @@
 //!   advances it, too. Survivors answer their engines, then wait for announcements of the new one.
 //! - **Flip**: a rank that has staged another placement of a layer announces the epoch that it is ready for. After the first
 //!   call in which all are ready, all have it in force: everybody saw the same announcements.
+//! - **Absent** are the ranks that were dead when a rank entered its generation: nobody waits for them, and calls go on
+//!   without their slots. Every rank announces whom it takes to be absent, and a call goes ahead only if all that take part
+//!   say the same; otherwise somebody died or started meanwhile, and the next generation sees it alike.
 //! - Words hold tags: nothing is reset, and nothing late is taken for something new.
 //!
 //! Late writers are harmless: a rank still at work on a call of generation g reads rows that may
@@ -24,12 +27,12 @@ use std::hint;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::heap::{HeapLayout, SymmetricHeap};
+use crate::heap::{HeapLayout, RANKS_MAX, SymmetricHeap};
 use crate::memory::{bytes_of, bytes_of_mut};
 use crate::problem::{ActFormat, Form, WeightsIn};
 
 /// Version of what ranks write into the heap: those of another do not join.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Looks before sleeping: some microseconds. A rank that spins longer starves the one it waits for
 /// where they share cores.
@@ -130,10 +133,48 @@ pub(crate) enum Role {
     Joins,
     /// Nobody has told it a layer: its engine's call was refused, or those of all others were.
     Refused,
+    /// It does not take part: it was dead when the generation began. Nobody announces that.
+    Absent,
 }
 
 /// The layer of an announcement that has none.
 pub(crate) const NO_LAYER: u32 = 0xffff;
+
+/// Some ranks of a group.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RankSet(u64);
+
+const _: () = assert!(RANKS_MAX <= u64::BITS, "a set has a bit for every rank");
+
+impl RankSet {
+    /// Whether it has no rank.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether it has `rank`.
+    #[must_use]
+    pub fn has(self, rank: u32) -> bool {
+        rank < RANKS_MAX && self.0 >> rank & 1 == 1
+    }
+
+    /// Its ranks, ascending.
+    pub fn iter(self) -> impl Iterator<Item = u32> {
+        (0..RANKS_MAX).filter(move |&rank| self.has(rank))
+    }
+
+    /// The lowest rank that one of the two has and the other has not.
+    fn first_difference(self, other: Self) -> Option<u32> {
+        Self(self.0 ^ other.0).iter().next()
+    }
+}
+
+impl FromIterator<u32> for RankSet {
+    fn from_iter<T: IntoIterator<Item = u32>>(ranks: T) -> Self {
+        Self(ranks.into_iter().fold(0, |set, rank| set | 1 << rank))
+    }
+}
 
 /// What a rank says of a call before anybody computes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,6 +186,8 @@ pub(crate) struct Announcement {
     pub(crate) epoch: u64,
     /// The epoch that this rank has staged and is ready for; 0 if none.
     pub(crate) ready: u64,
+    /// Whom it takes to be absent.
+    pub(crate) absent: RankSet,
     pub(crate) tokens: u32,
     pub(crate) top_k: u32,
     /// Pairs for each rank.
@@ -152,14 +195,22 @@ pub(crate) struct Announcement {
 }
 
 impl Announcement {
-    fn words(&self) -> [u64; 4] {
+    /// What stands for a rank that takes no part.
+    fn of_absent(absent: RankSet, ranks: u32) -> Self {
+        let (role, layer, form) = (Role::Absent, NO_LAYER, Form::default());
+        let pairs = vec![0; ranks as usize];
+        Self { role, layer, form, epoch: 0, ready: 0, absent, tokens: 0, top_k: 1, pairs }
+    }
+
+    fn words(&self) -> [u64; 5] {
         let act = u64::from(self.form.act == ActFormat::Nvfp4);
         let place = u64::from(self.form.weights_in == WeightsIn::Combine);
         let flags = act | place << 1 | (self.role as u64) << 2 | u64::from(self.top_k) << 8;
-        [u64::from(self.layer) | u64::from(self.tokens) << 32, flags, self.epoch, self.ready]
+        let call = u64::from(self.layer) | u64::from(self.tokens) << 32;
+        [call, flags, self.epoch, self.ready, self.absent.0]
     }
 
-    fn from_words([call, flags, epoch, ready]: [u64; 4], pairs: Vec<u32>) -> Self {
+    fn from_words([call, flags, epoch, ready, absent]: [u64; 5], pairs: Vec<u32>) -> Self {
         let act = if flags & 1 == 0 { ActFormat::Bf16 } else { ActFormat::Nvfp4 };
         let weights_in = if flags & 2 == 0 { WeightsIn::Fc1 } else { WeightsIn::Combine };
         let role = match flags >> 2 & 3 {
@@ -173,6 +224,7 @@ impl Announcement {
             form: Form { act, weights_in },
             epoch,
             ready,
+            absent: RankSet(absent),
             tokens: (call >> 32) as u32,
             top_k: (flags >> 8) as u32,
             pairs,
@@ -193,7 +245,7 @@ pub(crate) fn compare(announcements: &[Announcement]) -> Result<Option<&Announce
         Role::Calls => (a.layer, a.form, a.epoch) != (ours.layer, ours.form, ours.epoch),
         // It saw layer and form of one of the callers; the epoch is its own.
         Role::Joins => a.epoch != ours.epoch,
-        Role::Refused => false,
+        Role::Refused | Role::Absent => false,
     };
     match (0..).zip(announcements).find(|(_, a)| differs(a)) {
         None => Ok(Some(ours)),
@@ -203,11 +255,12 @@ pub(crate) fn compare(announcements: &[Announcement]) -> Result<Option<&Announce
     }
 }
 
-/// Whether the rank that announced `ours` flips after this call: all are ready for the epoch that it is ready for. All ranks
+/// Whether the rank that announced `ours` flips after this call: all that take part are ready for the epoch that it is ready for. All ranks
 /// see the same, so all flip after the same call, also those that brought no tokens. It flips as well if another has that
 /// epoch in force already: that one saw all ready in a call whose announcements this one did not see whole.
 pub(crate) fn flips(announcements: &[Announcement], ours: &Announcement) -> bool {
-    let ready = |a: &Announcement| (a.layer, a.ready) == (ours.layer, ours.ready);
+    let ready =
+        |a: &Announcement| a.role == Role::Absent || (a.layer, a.ready) == (ours.layer, ours.ready);
     ours.ready != 0 && (announcements.iter().all(ready) || behind(announcements).is_some())
 }
 
@@ -228,13 +281,24 @@ pub struct Group {
     generation: u32,
     /// Number of the next call.
     number: u32,
+    /// Ranks that were dead when this one entered the generation.
+    absent: RankSet,
+    /// The generation that this rank's engine called in last, or was told of; none before its first call.
+    told: Option<u32>,
 }
 
 impl Group {
     /// Takes part in the group of `heap`; waits for a peer that makes no progress for `deadline`.
     #[must_use]
     pub fn new(heap: Arc<dyn SymmetricHeap>, deadline: Duration) -> Self {
-        let mut group = Self { heap, deadline, generation: 0, number: 0 };
+        let mut group = Self {
+            heap,
+            deadline,
+            generation: 0,
+            number: 0,
+            absent: RankSet::default(),
+            told: None,
+        };
         // Whoever waits for a predecessor of this rank must not wait for this one.
         let rank = group.heap.rank();
         group.refresh();
@@ -273,6 +337,32 @@ impl Group {
         self.generation
     }
 
+    /// This rank has another engine, which has no step to repeat.
+    pub fn forget(&mut self) {
+        self.told = None;
+    }
+
+    /// Enters the group's generation for a call of this rank's engine; who is absent from it.
+    ///
+    /// # Errors
+    /// A rank was lost since the engine's last call. Engines that were in a call meanwhile have heard that, and repeat the
+    /// step: so must this one.
+    pub(crate) fn enter_to_call(&mut self) -> Result<RankSet, GroupError> {
+        self.refresh();
+        let told = self.told.replace(self.generation);
+        let last = self.last_error();
+        match told {
+            Some(told) if told != self.generation && last.reason == Reason::Lost => Err(last),
+            _ => Ok(self.absent),
+        }
+    }
+
+    /// Enters the group's generation, if another has begun; who is absent from it.
+    pub(crate) fn enter(&mut self) -> RankSet {
+        self.refresh();
+        self.absent
+    }
+
     /// Says whether this rank waits for its engine and joins calls by itself.
     pub fn set_parked(&self, parked: bool) {
         self.heap.set_parked(parked);
@@ -297,28 +387,38 @@ impl Group {
         peers.filter(|&rank| self.has_announced(rank))
     }
 
-    /// Announces a call and waits for the announcements of all ranks.
+    /// Announces a call in the generation that was entered last, and waits for the announcements of all ranks that take part.
     pub(crate) fn announce(
         &mut self,
         ours: &Announcement,
     ) -> Result<Vec<Announcement>, GroupError> {
-        self.refresh();
         let (rank, block) = (self.rank(), self.layout().block(self.number));
         self.heap.write(rank, block + 8, bytes_of(&ours.words()));
         self.heap.write(rank, block + 64, bytes_of(&ours.pairs));
         self.heap.store(rank, block, self.tag());
-        for peer in (0..self.ranks()).filter(|&peer| peer != rank) {
+        for peer in self.present().filter(|&peer| peer != rank) {
             self.heap.ring(peer);
             self.heap.ring_parked(peer);
         }
         self.wait(Phase::Announce, ours.layer, |group, peer| group.has_announced(peer))?;
-        Ok((0..self.ranks()).map(|rank| self.read_announcement(rank)).collect())
+        let announced: Vec<Announcement> =
+            (0..self.ranks()).map(|rank| self.announcement_of(rank)).collect();
+        let differs = |a: &Announcement| a.absent.first_difference(self.absent);
+        match announced.iter().find_map(differs) {
+            None => Ok(announced),
+            Some(changed) => {
+                let alive = self.heap.is_alive(changed);
+                let reason = if alive { Reason::Joined } else { Reason::Lost };
+                self.move_on(changed, Phase::Announce, ours.layer, reason);
+                Err(self.given_up())
+            }
+        }
     }
 
     /// Says that this rank has written all its terms, and waits until all have.
     pub(crate) fn be_done(&mut self, layer: u32) -> Result<(), GroupError> {
         let (own, tag) = (self.rank(), self.tag());
-        for rank in 0..self.ranks() {
+        for rank in self.present() {
             self.heap.store(rank, self.layout().done(own), tag);
             if rank != own {
                 self.heap.ring(rank);
@@ -342,9 +442,21 @@ impl Group {
         self.heap.load(rank, self.layout().block(self.number)) == self.tag()
     }
 
+    fn present(&self) -> impl Iterator<Item = u32> + use<> {
+        let absent = self.absent;
+        (0..self.ranks()).filter(move |&rank| !absent.has(rank))
+    }
+
+    fn announcement_of(&self, rank: u32) -> Announcement {
+        match self.absent.has(rank) {
+            true => Announcement::of_absent(self.absent, self.ranks()),
+            false => self.read_announcement(rank),
+        }
+    }
+
     fn read_announcement(&self, rank: u32) -> Announcement {
         let block = self.layout().block(self.number);
-        let (mut words, mut pairs) = ([0; 4], vec![0; self.ranks() as usize]);
+        let (mut words, mut pairs) = ([0; 5], vec![0; self.ranks() as usize]);
         self.heap.read(rank, block + 8, bytes_of_mut(&mut words));
         self.heap.read(rank, block + 64, bytes_of_mut(&mut pairs));
         Announcement::from_words(words, pairs)
@@ -356,10 +468,11 @@ impl Group {
         let generation = (self.heap.group_word() >> 32) as u32;
         if generation != self.generation {
             (self.generation, self.number) = (generation, 0);
+            self.absent = (0..self.ranks()).filter(|&rank| !self.heap.is_alive(rank)).collect();
         }
     }
 
-    /// Waits until `has` holds for every rank.
+    /// Waits until `has` holds for every rank that takes part.
     fn wait(
         &mut self,
         phase: Phase,
@@ -370,7 +483,7 @@ impl Group {
         let mut looks = 0;
         loop {
             let rung = self.heap.rung();
-            let mut missing = (0..self.ranks()).filter(|&rank| !has(self, rank)).peekable();
+            let mut missing = self.present().filter(|&rank| !has(self, rank)).peekable();
             let Some(&first) = missing.peek() else { return Ok(()) };
             if (self.heap.group_word() >> 32) as u32 != self.generation {
                 return Err(self.given_up());
@@ -438,6 +551,12 @@ impl Group {
     /// Enters the next generation, and says why the last one ended.
     fn given_up(&mut self) -> GroupError {
         self.refresh();
+        self.told = Some(self.generation);
+        self.last_error()
+    }
+
+    /// Why the last generation ended.
+    fn last_error(&self) -> GroupError {
         let why = self.heap.group_word() as u32;
         GroupError {
             generation: self.generation,
@@ -465,7 +584,9 @@ mod tests {
     fn announcement(layer: u32, ranks: u32) -> Announcement {
         let (form, pairs) = (Form::ALL[3], vec![3; ranks as usize]);
         let (tokens, top_k) = (7, 16);
-        Announcement { role: Role::Calls, layer, form, epoch: 9, ready: 11, tokens, top_k, pairs }
+        let absent = RankSet::default();
+        let (role, epoch, ready) = (Role::Calls, 9, 11);
+        Announcement { role, layer, form, epoch, ready, absent, tokens, top_k, pairs }
     }
 
     /// The ranks of a group, in one process.
@@ -477,14 +598,17 @@ mod tests {
             let heap = ShmHeap::join(&membership, shape, &Vec::new()).unwrap();
             Group::new(Arc::new(heap), Duration::from_millis(deadline_ms))
         };
-        (0..ranks).map(join).collect()
+        let mut all: Vec<Group> = (0..ranks).map(join).collect();
+        all.iter_mut().for_each(|rank| assert!(rank.enter().is_empty()));
+        all
     }
 
     #[test]
     fn an_announcement_survives_its_words() {
         for form in Form::ALL {
             for role in [Role::Calls, Role::Joins, Role::Refused] {
-                let ours = Announcement { role, form, ..announcement(5, 3) };
+                let absent = [0, 63].into_iter().collect();
+                let ours = Announcement { role, form, absent, ..announcement(5, 3) };
                 assert_eq!(Announcement::from_words(ours.words(), ours.pairs.clone()), ours);
             }
         }
@@ -570,24 +694,85 @@ mod tests {
         });
     }
 
+    /// A whole call, in the generation that is now; what all announced.
+    fn whole_call(rank: &mut Group, layer: u32) -> Vec<Announcement> {
+        let absent = rank.enter();
+        let all = rank.announce(&Announcement { absent, ..announcement(layer, 3) }).unwrap();
+        rank.be_done(layer).unwrap();
+        rank.end_call();
+        all
+    }
+
+    fn call_without_one(rank: &mut Group, layer: u32) {
+        let all = whole_call(rank, layer);
+        assert_eq!(rank.absent.iter().collect::<Vec<_>>(), [1]);
+        assert_eq!(all[1].role, Role::Absent);
+        assert_eq!((all[1].tokens, &all[1].pairs[..]), (0, &[0; 3][..]));
+        assert_eq!(compare(&all).unwrap().unwrap().layer, layer);
+        assert!(flips(&all, &all[0]), "all that take part are ready");
+    }
+
     #[test]
-    fn a_lost_rank_is_named_at_once_and_may_come_back() {
+    fn a_lost_rank_is_named_at_once_and_calls_go_on_without_it_until_it_is_back() {
         let folder = tempfile::tempdir().unwrap();
-        let mut ranks = group(folder.path(), 2, 60_000);
-        let mut zero = ranks.remove(0);
-        drop(ranks);
-        let error = zero.announce(&announcement(3, 2)).unwrap_err();
+        let mut ranks = group(folder.path(), 3, 60_000);
+        drop(ranks.remove(1));
+        let [zero, two] = &mut ranks[..] else { panic!("two are left") };
+        assert!(zero.enter_to_call().is_ok() && two.enter_to_call().is_ok());
+        let error = zero.announce(&announcement(3, 3)).unwrap_err();
         assert_eq!((error.rank, error.reason), (1, Reason::Lost));
+        // The other was between two calls: it hears of it as well, once.
+        assert_eq!(two.enter_to_call().unwrap_err(), error);
+        assert!(zero.enter_to_call().is_ok() && two.enter_to_call().is_ok());
+        thread::scope(|scope| {
+            for rank in [&mut *zero, &mut *two] {
+                scope.spawn(|| (0..50).for_each(|layer| call_without_one(rank, layer)));
+            }
+        });
         let generation = error.generation;
         let name = "g".to_owned();
         let membership = Membership { folder: folder.path().to_owned(), name, rank: 1 };
-        let shape = HeapShape { ranks: 2, max_tokens: 1, max_pairs: 1, hidden: 32 };
+        let shape = HeapShape { ranks: 3, max_tokens: 1, max_pairs: 1, hidden: 32 };
         let heap = ShmHeap::join(&membership, shape, &Vec::new()).unwrap();
         let mut one = Group::new(Arc::new(heap), Duration::from_secs(60));
         assert_eq!(one.generation(), generation + 1);
         thread::scope(|scope| {
-            scope.spawn(|| zero.announce(&announcement(4, 2)).unwrap());
-            scope.spawn(|| one.announce(&announcement(4, 2)).unwrap());
+            for rank in [zero, &mut one, two] {
+                scope.spawn(|| {
+                    let all = whole_call(rank, 4);
+                    assert!(all.iter().all(|a| a.role == Role::Calls));
+                });
+            }
+        });
+    }
+
+    /// Two ranks entered a generation before and after a third died: no call goes ahead, and the next generation is the same
+    /// to both.
+    #[test]
+    fn ranks_that_see_other_ranks_absent_call_nothing_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut ranks = group(folder.path(), 3, 60_000);
+        // It announces before it dies: whoever does not know of its death has all that it waits for.
+        let two = ranks.remove(2);
+        let block = two.layout().block(0);
+        two.heap.write(2, block + 8, bytes_of(&announcement(3, 3).words()));
+        two.heap.store(2, block, two.tag());
+        drop(two);
+        let generation = ranks[0].generation();
+        ranks[1].generation = 0;
+        assert!(ranks[1].enter().has(2) && !ranks[0].enter().has(2));
+        let [zero, one] = &mut ranks[..] else { panic!("two are left") };
+        thread::scope(|scope| {
+            for rank in [&mut *zero, &mut *one] {
+                scope.spawn(|| {
+                    let absent = rank.absent;
+                    let ours = Announcement { absent, ..announcement(3, 3) };
+                    let error = rank.announce(&ours).unwrap_err();
+                    assert_eq!((error.rank, error.reason), (2, Reason::Lost));
+                    assert_eq!(error.generation, generation + 1);
+                    whole_call(rank, 5);
+                });
+            }
         });
     }
 }

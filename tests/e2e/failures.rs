@@ -8,10 +8,11 @@ use protocol::client::{Client, ClientError, Options};
 use protocol::message::Phase;
 use protocol::refusal::Refusal;
 use reference::compare::Comparison;
+use reference::layer::Inputs;
 use rustix::process::Signal;
 use tests::call::{attach, through};
 use tests::case::Case;
-use tests::group::{Group, Spec, call_all, uneven};
+use tests::group::{Group, Spec, call_all, twice, uneven};
 use tests::kill::Target;
 use tests::worker_process::{Worker, until};
 
@@ -36,6 +37,66 @@ fn a_killed_rank_is_named_to_all_others_and_comes_back() {
         assert_eq!(kill.phases.len(), RANKS - 1);
     }
     target.end().unwrap();
+}
+
+/// Every expert is on two ranks: the others' answers are the same bits without the lost one.
+#[test]
+fn calls_go_on_without_a_lost_rank_where_its_experts_have_other_replicas() {
+    let ranks = u32::try_from(RANKS).unwrap();
+    let spec = Spec { placement: Some(vec![twice(16, ranks)]), ..spec(&PATIENT) };
+    let mut target = Target::start(&skewed(), &spec, BF16, TOKENS).unwrap();
+    for victim in 0..RANKS {
+        let kill = target.kill(victim, Duration::from_millis(20)).unwrap();
+        assert!(kill.without.is_some(), "calls were refused without rank {victim}");
+    }
+    target.end().unwrap();
+}
+
+/// Two of three ranks are lost, one after the other: what is left answers what it can, and says what it cannot.
+#[test]
+fn an_expert_without_a_live_replica_is_named_and_costs_only_the_calls_that_need_it() {
+    let ranks = u32::try_from(RANKS).unwrap();
+    let placement = twice(16, ranks);
+    let spec = Spec { placement: Some(vec![placement.clone()]), ..spec(&PATIENT) };
+    let mut group = Group::start(&skewed(), &spec).unwrap();
+    let mut inputs = Case::open(&skewed()).unwrap().inputs.rows(0..TOKENS);
+    let alone = Worker::start(&skewed(), &[]).unwrap();
+    let mut other = alone.engine(BF16, TOKENS).unwrap();
+    let mut engine = group.workers[0].engine(BF16, TOKENS).unwrap();
+    for victim in [1, 2] {
+        group.workers[victim].signal(Signal::KILL).unwrap();
+        group.workers[victim].wait().unwrap();
+        let named = refused(through(&mut engine, 0, Phase::Decode, &inputs));
+        assert!(matches!(&named, Refusal::Group { .. }), "{named}");
+    }
+    let here: Vec<i32> = placement[..placement.len() / RANKS]
+        .iter()
+        .filter_map(|&expert| i32::try_from(expert).ok().filter(|&expert| expert >= 0))
+        .collect();
+    let gone = (0..16).find(|expert| !here.contains(expert)).unwrap();
+    inputs.ids.fill(gone);
+    let refusal = refused(through(&mut engine, 0, Phase::Decode, &one_expert(&inputs)));
+    let expert = u32::try_from(gone).unwrap();
+    assert_eq!(refusal, Refusal::Unavailable { layer: 0, expert, lost: vec![1, 2] });
+    inputs.ids.fill(here[0]);
+    let served = one_expert(&inputs);
+    let expected = through(&mut other, 0, Phase::Decode, &served).unwrap();
+    assert!(through(&mut engine, 0, Phase::Decode, &served).unwrap() == expected);
+}
+
+fn refused(answer: Result<Vec<u16>, ClientError>) -> Refusal {
+    match answer {
+        Err(ClientError::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Every token with its first expert alone.
+fn one_expert(inputs: &Inputs) -> Inputs {
+    let mut one = inputs.clone();
+    let places = one.ids.iter_mut().enumerate();
+    places.filter(|(at, _)| at % inputs.top_k > 0).for_each(|(_, id)| *id = -1);
+    one
 }
 
 #[test]

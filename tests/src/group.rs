@@ -149,6 +149,19 @@ pub fn together<I: Send, T: Send>(
     })
 }
 
+/// A placement in which every expert is on two ranks, so that one may be lost.
+#[must_use]
+pub fn twice(experts: u32, ranks: u32) -> Vec<i64> {
+    // One more than the mean: experts do not divide evenly.
+    let slots = (2 * experts).div_ceil(ranks) as usize + 1;
+    let on = |rank: u32| {
+        let here = move |expert: &u32| [expert % ranks, (expert + 1) % ranks].contains(&rank);
+        let row = (0..experts).filter(here).map(i64::from);
+        row.chain(std::iter::repeat(-1)).take(slots)
+    };
+    (0..ranks).flat_map(on).collect()
+}
+
 /// A placement of `slots_per_rank` slots a rank that the seed decides: every expert somewhere, none
 /// twice on a rank, some slots empty where there are many.
 #[must_use]

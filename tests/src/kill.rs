@@ -1,5 +1,6 @@
 //! Kills a rank of a group in the midst of calls, and checks what everybody hears: no wrong answer, the
-//! others the victim's name, and all of them right answers once it is back.
+//! others the victim's name, right answers without it where its experts are elsewhere, too, and all of them right answers
+//! once it is back.
 
 use std::fs;
 use std::ops::Range;
@@ -17,7 +18,7 @@ use rustix::process::Signal;
 
 use crate::call::through;
 use crate::case::Case;
-use crate::group::{Group, Spec, call_all, uneven};
+use crate::group::{Group, Spec, call_all, together, uneven};
 use crate::worker_process::{Worker, until};
 
 /// A group under way: engines that make two steps by turns, so that what one left in memory is no
@@ -53,6 +54,8 @@ pub struct Kill {
     pub phases: Vec<String>,
     /// From the kill to the last engine's error.
     pub named: Duration,
+    /// From then to right answers of all others; none where calls need experts that only the victim has.
+    pub without: Option<Duration>,
     /// From the restart to a right answer of all.
     pub served: Duration,
 }
@@ -75,8 +78,23 @@ impl Target {
         Ok(Self { group, engines, steps, variant, shares, descriptors, generation: 0 })
     }
 
-    /// Kills a rank after engines have called for a while, and starts it again.
+    /// Kills a rank after engines have called for a while, has the others call without it, and starts it again.
     pub fn kill(&mut self, victim: usize, after: Duration) -> Result<Kill> {
+        let mut kill = self.lose(victim, after)?;
+        let began = Instant::now();
+        if self.serves_without(victim).context("without the victim")? {
+            kill.without = Some(began.elapsed());
+        }
+        let began = Instant::now();
+        self.group.restart(victim)?;
+        let tokens = self.steps[0].inputs.tokens();
+        self.engines[victim] = self.group.workers[victim].engine(self.variant, tokens)?;
+        self.serves().context("after the restart")?;
+        kill.served = began.elapsed();
+        Ok(kill)
+    }
+
+    fn lose(&mut self, victim: usize, after: Duration) -> Result<Kill> {
         let logged = self.given_up();
         let (began, ended) = self.call_until_killed(victim, after)?;
         let mut kill = Kill {
@@ -84,6 +102,7 @@ impl Target {
             answers: ended.iter().map(|ended| ended.answers).sum(),
             phases: Vec::new(),
             named: Duration::ZERO,
+            without: None,
             served: Duration::ZERO,
         };
         let mut newest = self.generation;
@@ -113,13 +132,33 @@ impl Target {
             let lines = now.saturating_sub(before);
             ensure!(rank == victim || lines == 1, "rank {rank} logged it {lines} times");
         }
-        let began = Instant::now();
-        self.group.restart(victim)?;
-        let tokens = self.steps[0].inputs.tokens();
-        self.engines[victim] = self.group.workers[victim].engine(self.variant, tokens)?;
-        self.serves().context("after the restart")?;
-        kill.served = began.elapsed();
         Ok(kill)
+    }
+
+    /// Both steps, by the others: every answer must be right, and one that there cannot be must say so. Whether all were
+    /// answered.
+    fn serves_without(&mut self, victim: usize) -> Result<bool> {
+        let others = self.engines.iter_mut().enumerate().filter(|(rank, _)| *rank != victim);
+        let mut others: Vec<_> = others.collect();
+        let mut all = true;
+        for Step { inputs, expected } in &self.steps {
+            let shares = uneven(inputs.tokens(), others.len());
+            let answers = together(others.iter_mut().zip(&shares), |((_, engine), share)| {
+                through(engine, 0, Phase::Decode, &inputs.rows(share.clone()))
+            });
+            for (answer, share) in answers.into_iter().zip(shares) {
+                let expected = &expected[share.start * inputs.hidden..share.end * inputs.hidden];
+                match answer {
+                    Ok(output) => ensure!(output == expected, "a wrong answer"),
+                    Err(ClientError::Refused(Refusal::Unavailable { lost, .. })) => {
+                        ensure!(lost[..] == [u32::try_from(victim)?], "{lost:?} are lost");
+                        all = false;
+                    }
+                    Err(error) => bail!(error),
+                }
+            }
+        }
+        Ok(all)
     }
 
     /// What each engine got, and when the kill was.

@@ -1,4 +1,4 @@
-//! `kill-ranks DIR`: ranks of a group killed at random moments, in a table.
+//! `kill-ranks DIR`: ranks of a group in which every expert is on two, killed at random moments, in a table.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use reference::layer::Variant;
-use tests::group::Spec;
+use tests::group::{Spec, twice};
 use tests::kill::{Kill, Target};
 use tests::random::Random;
 use tests::times::percentile;
+use tests::worker_process::Worker;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -39,8 +40,10 @@ const GROWTH_MAX: u64 = 4 << 20;
 pub(crate) fn run(options: &Options) -> Result<()> {
     let Options { dir, ranks, kills, seed } = options;
     ensure!(*ranks > 1, "--ranks is {ranks}, expected at least 2: nobody would be left");
-    let spec = Spec { ranks: *ranks, placement: None, options: Vec::new() };
     let variant = Variant { nvfp4: false, weights_in_combine: false };
+    let layers = Worker::start(dir, &[])?.engine(variant, 1)?.layers().to_vec();
+    let placement = Some(layers.iter().map(|layer| twice(layer.experts, *ranks)).collect());
+    let spec = Spec { ranks: *ranks, placement, options: Vec::new() };
     let mut target = Target::start(dir, &spec, variant, TOKENS)?;
     let mut random = Random::new(*seed);
     let mut all = Vec::new();
@@ -55,7 +58,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         };
         let after = Duration::from_micros(random.below(LATEST_US) as u64);
         let kill = target.kill(victim, after);
-        all.push(kill.with_context(|| format!("kill {number} of seed {seed}, after {after:?}"))?);
+        let kill =
+            kill.with_context(|| format!("kill {number} of seed {seed}, after {after:?}"))?;
+        ensure!(kill.without.is_some(), "kill {number} of seed {seed}: calls were refused");
+        all.push(kill);
     }
     let after = target.held(SURVIVOR)?;
     target.end()?;
@@ -71,7 +77,7 @@ fn table(ranks: usize, kills: &[Kill]) -> io::Result<()> {
     let mut out = io::stdout();
     writeln!(
         out,
-        "        kills  in announce  in compute   named, ms p50 / max   served, ms p50 / max"
+        "        kills  in announce  in compute   named, ms p50 / max  without it, ms p50 / max  with it, ms p50 / max"
     )?;
     for victim in 0..ranks {
         let of: Vec<&Kill> = kills.iter().filter(|kill| kill.victim == victim).collect();
@@ -79,13 +85,15 @@ fn table(ranks: usize, kills: &[Kill]) -> io::Result<()> {
             of.iter().flat_map(|kill| &kill.phases).filter(|heard| *heard == phase).count()
         };
         let named: Vec<_> = of.iter().map(|kill| kill.named).collect();
+        let without: Vec<_> = of.iter().filter_map(|kill| kill.without).collect();
         let served: Vec<_> = of.iter().map(|kill| kill.served).collect();
         let (announce, compute) = (heard("announce"), heard("compute"));
         writeln!(
             out,
-            "rank {victim} {:>7} {announce:>12} {compute:>11} {:>21} {:>22}",
+            "rank {victim} {:>7} {announce:>12} {compute:>11} {:>21} {:>25} {:>22}",
             of.len(),
             spread(&named),
+            spread(&without),
             spread(&served)
         )?;
     }
@@ -93,7 +101,7 @@ fn table(ranks: usize, kills: &[Kill]) -> io::Result<()> {
     let kills = kills.len();
     writeln!(
         out,
-        "{kills} kills, {answers} answers before them, all right after each; no file left"
+        "{kills} kills, {answers} answers before them, all right without the victim and with it; no file left"
     )
 }
 

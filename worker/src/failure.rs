@@ -24,6 +24,9 @@ pub(crate) fn refusal(error: CallError, model: &Model) -> Refusal {
             Refusal::Weight { token, place, weight: weight.to_string() }
         }
         CallError::Pairs { tokens, top_k, max } => Refusal::Pairs { tokens, top_k, max },
+        CallError::Unavailable { layer, expert, lost } => {
+            Refusal::Unavailable { layer, expert, lost }
+        }
         CallError::Device { reason } => Refusal::Device { reason },
         CallError::Mismatch(mismatch) => Refusal::Mismatch { reason: mismatch.to_string() },
         CallError::Group(error) => Refusal::Group {
@@ -56,6 +59,7 @@ mod tests {
             CallError::DuplicateExpert { token: 1, id: 4, first: 0, second: 3 },
             CallError::Weight { token: 5, place: 1, weight: f32::NAN },
             CallError::NoInputScale { layer: 3 },
+            CallError::Unavailable { layer: 3, expert: 7, lost: vec![1, 2] },
             CallError::Device { reason: "gate_up failed".to_owned() },
             CallError::Pairs { tokens: 9, top_k: 16, max: 64 },
             CallError::Mismatch(Mismatch {

@@ -332,6 +332,7 @@ impl Rank {
                 WeightsIn::Combine => problem::WeightsIn::Combine,
             },
         };
+        self.device.group().forget();
         let layout = BufferLayout::new(max_tokens, self.model.hidden_max());
         let memory = SharedMemory::create("engine buffer", layout.bytes)
             .map_err(|error| Refusal::Memory { reason: error.to_string() })?;

@@ -1,13 +1,15 @@
 //! The ends of a call where data changes ranks. The source picks a replica for every pair, and lays rows and lists out in its own region of the heap; the experts' ranks
 //! read their parts of the lists, and the rows that these name.
 
+use std::borrow::Cow;
+
 use half::bf16;
 
 use super::compute::{Scratch, chunks_of};
 use super::{CpuDevice, Layer};
 use crate::assignments::Assignments;
-use crate::device::LayerCall;
-use crate::group::Announcement;
+use crate::device::{CallError, LayerCall};
+use crate::group::{Announcement, RankSet};
 use crate::heap::row_bytes;
 use crate::memory::{bytes_of, bytes_of_mut};
 use crate::numeric::{BLOCK, bf16_narrow, bf16_widen, dequantise_row, quantise_row};
@@ -48,17 +50,31 @@ impl Outgoing {
         self.lists.iter_mut().for_each(Vec::clear);
     }
 
-    /// Picks the replica of every pair; each goes to exactly one.
-    pub(super) fn route(&mut self, layer: &Layer, source: u32, top_k: u32) {
+    /// Picks the replica of every pair, on a rank that is not absent; each goes to exactly one.
+    pub(super) fn route(
+        &mut self,
+        layer: &Layer,
+        (source, top_k): (u32, u32),
+        absent: RankSet,
+    ) -> Result<(), CallError> {
         let slots_per_rank = layer.held.slots.len() as u32;
+        let mut table = Cow::Borrowed(&layer.held.route);
+        if !absent.is_empty() {
+            table = Cow::Owned(table.without(|slot| absent.has(slot / slots_per_rank)));
+        }
         let Assignments { ids, weights, .. } = &self.assignments;
         for (index, (&id, weight)) in (0..).zip(ids.iter().zip(weights)) {
             let Ok(expert) = u32::try_from(id) else { continue };
             let (token, place) = (index / top_k, index % top_k);
-            let slot = layer.held.route.slot(source, token, expert);
+            let slot = table.slot(source, token, expert).ok_or_else(|| CallError::Unavailable {
+                layer: layer.number,
+                expert,
+                lost: absent.iter().collect(),
+            })?;
             let (rank, slot) = (slot / slots_per_rank, slot % slots_per_rank);
             self.lists[rank as usize].push([token, slot | place << 16, weight.to_bits(), 0]);
         }
+        Ok(())
     }
 
     /// Pairs for each rank.

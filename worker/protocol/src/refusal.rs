@@ -89,6 +89,18 @@ pub enum Refusal {
         /// Pairs there is room for.
         max: u32,
     },
+    /// An expert whose replicas are all on ranks that were lost; calls that do not need it are answered.
+    #[error(
+        "expert {expert} of layer {layer} has no live replica: ranks {lost:?} of the group are lost"
+    )]
+    Unavailable {
+        /// The layer.
+        layer: u32,
+        /// The expert.
+        expert: u32,
+        /// Ranks that are lost.
+        lost: Vec<u32>,
+    },
     /// The device failed; further calls may fail, too, until the worker is restarted.
     #[error("the device failed: {reason}")]
     Device {
