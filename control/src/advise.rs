@@ -15,7 +15,7 @@ use crate::store::proposals::DecideError;
 use crate::store::windows::{Of, Span};
 
 /// Control's own name where a token's would stand.
-const CONTROL: &str = "moeplane-control";
+pub(crate) const CONTROL: &str = "moeplane-control";
 
 /// Why control gave no advice.
 #[derive(Debug, thiserror::Error)]

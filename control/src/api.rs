@@ -16,6 +16,7 @@ mod migration;
 mod placements;
 mod policies;
 mod proposals;
+mod recovery;
 mod repeat;
 mod rollback;
 mod shadows;
@@ -88,6 +89,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(balancing::balancing, balancing::set))
         .routes(routes!(whatif::whatif))
         .routes(routes!(constraints::constraints, constraints::set_constraints))
+        .routes(routes!(recovery::recovery, recovery::set_recovery))
         .routes(routes!(shadows::shadows, shadows::set_shadows))
         .routes(routes!(tactics::tactics, tactics::set_chooser))
         .routes(routes!(policies::policies))

@@ -104,7 +104,7 @@ impl Constraints {
         Ok(())
     }
 
-    /// A rank as policies are told of it.
+    /// A rank that is not lost as policies are told of it.
     pub(crate) fn rank(&self, number: u32, node: u32) -> Rank {
         let speed = self.speeds.iter().find(|of| of.rank == number).map_or(1.0, |of| of.speed);
         let drains = self.draining.contains(&number);

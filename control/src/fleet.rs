@@ -1,7 +1,7 @@
 //! Who is there: groups, their ranks, what they hold, and the sessions that speak for them, in memory.
 //! Pure: no input or output, and the time is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use protocol::session::{
@@ -63,6 +63,8 @@ pub(crate) struct Worker {
     throttle: Option<u64>,
     /// What it knows of its tactics, if it has said so.
     tactics: Option<Tactics>,
+    /// The newest epoch of each layer that it was told to be ready for.
+    told_ready: BTreeMap<u32, u64>,
     /// The session that speaks for it, by number, and how to have it do something.
     session: Option<(u64, mpsc::Sender<Command>)>,
     /// Whether its registration is in the store: nothing is shown that a restart would forget.
@@ -119,13 +121,26 @@ impl Worker {
     }
 }
 
+/// A rank by number, and what it holds.
+type Member<'a> = (u32, &'a Worker, &'a [LayerPlacement]);
+
 /// Every worker, by group and rank.
 #[derive(Debug, Default)]
 pub(crate) struct Fleet {
     pub(crate) groups: BTreeMap<String, BTreeMap<u32, Worker>>,
     /// Why a group was not told what to hold.
     pub(crate) problems: BTreeMap<String, String>,
+    /// By group.
+    given_up: BTreeMap<String, GivenUp>,
     sessions: u64,
+}
+
+/// Ranks that nobody waits for any more, until they are back.
+#[derive(Debug, Default)]
+struct GivenUp {
+    ranks: BTreeSet<u32>,
+    /// The epoch of each layer up to which what only those ranks had was given a place elsewhere; none before the first time.
+    recovered: Option<BTreeMap<u32, u64>>,
 }
 
 /// A session that stands.
@@ -155,6 +170,7 @@ impl Fleet {
             staging: Vec::new(),
             throttle: None,
             tactics: None,
+            told_ready: BTreeMap::new(),
             session: None,
             kept: true,
         };
@@ -183,6 +199,11 @@ impl Fleet {
         group.retain(|_, other| {
             other.speaks(now_ms, patience_ms) || check_same(register, &other.register).is_ok()
         });
+        if let Some(given_up) = self.given_up.get_mut(name)
+            && given_up.ranks.remove(&rank)
+        {
+            given_up.recovered = None;
+        }
         self.sessions += 1;
         let (session, (command, commands)) = (self.sessions, mpsc::channel(COMMANDS_MAX));
         // A session that speaks for it ends with its sender.
@@ -198,6 +219,7 @@ impl Fleet {
             staging: Vec::new(),
             throttle: None,
             tactics: None,
+            told_ready: BTreeMap::new(),
             session: Some((session, command)),
             kept: false,
         };
@@ -225,6 +247,25 @@ impl Fleet {
             .filter(|other| other.register.rank != of.rank && other.speaks(now_ms, patience_ms));
         let placed = others.filter(|other| other.placements.is_some());
         placed.max_by_key(|other| other.holds)?.placements.clone()
+    }
+
+    /// The epochs that the other ranks of a group hold, are ready for or were told to be: there is no way back from them.
+    pub(crate) fn bound_of_others(&self, of: &Register) -> BTreeMap<u32, u64> {
+        let group = self.groups.get(&of.group).into_iter().flatten();
+        let mut bound = BTreeMap::new();
+        for (_, other) in group.filter(|(rank, other)| **rank != of.rank && other.session.is_some())
+        {
+            let held = other.placements.iter().flat_map(|held| held.iter());
+            let held = held.map(|placed| (placed.layer, placed.epoch));
+            let ready = other.staging.iter().filter(|staging| staging.ready);
+            let ready = ready.map(|staging| (staging.layer, staging.epoch));
+            let told = other.told_ready.iter().map(|(layer, epoch)| (*layer, *epoch));
+            for (layer, epoch) in held.chain(ready).chain(told) {
+                let newest: &mut u64 = bound.entry(layer).or_default();
+                *newest = epoch.max(*newest);
+            }
+        }
+        bound
     }
 
     /// A worker was told what to hold.
@@ -299,7 +340,81 @@ impl Fleet {
         otherwise.map(|(rank, _)| *rank).collect()
     }
 
-    /// What every rank of a group says of each layer, or of `only` one.
+    /// Ranks of a group that were there and are lost, and when each was heard of last.
+    pub(crate) fn lost(&self, group: &str, now_ms: u64, patience_ms: u64) -> Vec<(u32, u64)> {
+        let workers = self.groups.get(group).into_iter().flatten();
+        let lost = workers.filter(|(_, worker)| !worker.speaks(now_ms, patience_ms));
+        lost.map(|(rank, worker)| (*rank, worker.last_seen_ms)).collect()
+    }
+
+    /// From now on nobody waits for these ranks of a group, but for those that are back; true if it was for others until now.
+    pub(crate) fn give_up(
+        &mut self,
+        group: &str,
+        ranks: &BTreeSet<u32>,
+        (now_ms, patience_ms): (u64, u64),
+    ) -> bool {
+        let lost = self.lost(group, now_ms, patience_ms);
+        let lost = lost.into_iter().map(|(rank, _)| rank).filter(|rank| ranks.contains(rank));
+        let ranks: BTreeSet<u32> = lost.collect();
+        let known = self.given_up.entry(group.to_owned()).or_default();
+        let changed = known.ranks != ranks;
+        if changed {
+            *known = GivenUp { ranks, recovered: None };
+        }
+        changed
+    }
+
+    /// Ranks of a group that were given up.
+    pub(crate) fn given_up(&self, group: &str) -> impl Iterator<Item = u32> {
+        self.given_up.get(group).into_iter().flat_map(|known| known.ranks.iter().copied())
+    }
+
+    /// What only the ranks `gone` had has a place elsewhere by these epochs.
+    pub(crate) fn recover(
+        &mut self,
+        group: &str,
+        gone: &BTreeSet<u32>,
+        epochs: BTreeMap<u32, u64>,
+    ) {
+        if let Some(known) = self.given_up.get_mut(group).filter(|known| known.ranks == *gone) {
+            known.recovered = Some(epochs);
+        }
+    }
+
+    /// The epochs by which that is so; none if it is not, or if nobody was given up.
+    pub(crate) fn recovered(&self, group: &str) -> Option<&BTreeMap<u32, u64>> {
+        self.given_up.get(group)?.recovered.as_ref()
+    }
+
+    /// Whether the placement of a layer may come to be in force as far as ranks that were given up are concerned: nothing that
+    /// they alone would have is taken from the others.
+    pub(crate) fn is_recovered(&self, group: &str, layer: u32, epoch: u64) -> bool {
+        let nobody = self.given_up(group).next().is_none();
+        nobody || self.recovered(group).is_some_and(|epochs| epochs.get(&layer) == Some(&epoch))
+    }
+
+    /// Why nothing moves in a group, if nothing does.
+    pub(crate) fn still(&self, group: &str, now_ms: u64, patience_ms: u64) -> Option<Still> {
+        self.there(group, now_ms, patience_ms).err()
+    }
+
+    /// Every rank of a group that was not given up, and what it holds.
+    fn there(&self, group: &str, now_ms: u64, patience_ms: u64) -> Result<Vec<Member<'_>>, Still> {
+        let ranks = self.groups.get(group);
+        let count = ranks.and_then(|ranks| ranks.values().next()).map(|w| w.register.ranks);
+        let given_up: BTreeSet<u32> = self.given_up(group).collect();
+        let there = (0..count.unwrap_or(0)).filter(|rank| !given_up.contains(rank)).map(|rank| {
+            let worker = ranks.and_then(|ranks| ranks.get(&rank));
+            let held = worker.and_then(|worker| worker.held(now_ms, patience_ms));
+            let (worker, held) = worker.zip(held).ok_or(Still::Missing { rank })?;
+            let moves = worker.register.stages.then_some((rank, worker, held));
+            moves.ok_or(Still::UntilStart { rank })
+        });
+        there.collect()
+    }
+
+    /// What every rank of a group that was not given up says of each layer, or of `only` one.
     pub(crate) fn staging(
         &self,
         group: &str,
@@ -307,22 +422,14 @@ impl Fleet {
         now_ms: u64,
         patience_ms: u64,
     ) -> Result<Vec<(u32, Vec<RankLayer>)>, Still> {
-        let ranks = self.groups.get(group);
-        let count = ranks.and_then(|ranks| ranks.values().next()).map(|w| w.register.ranks);
-        let workers: Vec<(&Worker, &[LayerPlacement])> = (0..count.unwrap_or(0))
-            .map(|rank| {
-                let worker = ranks.and_then(|ranks| ranks.get(&rank));
-                let held = worker.and_then(|worker| worker.held(now_ms, patience_ms));
-                let (worker, held) = worker.zip(held).ok_or(Still::Missing { rank })?;
-                worker.register.stages.then_some((worker, held)).ok_or(Still::UntilStart { rank })
-            })
-            .collect::<Result<_, _>>()?;
-        let layers = workers.first().map_or(&[][..], |(_, held)| held).iter().enumerate();
+        let workers = self.there(group, now_ms, patience_ms)?;
+        let layers = workers.first().map_or(&[][..], |(_, _, held)| held).iter().enumerate();
         let layers = layers.filter(|(_, placed)| only.is_none_or(|only| placed.layer == only));
         let of_layer = |(at, placed): (usize, &LayerPlacement)| {
-            let of_rank = |(worker, held): &(&Worker, &[LayerPlacement])| {
+            let of_rank = |(rank, worker, held): &Member<'_>| {
                 let staging = worker.staging.iter().find(|staging| staging.layer == placed.layer);
-                Some(RankLayer { held: held.get(at)?.epoch, staging: staging.cloned() })
+                let (rank, held) = (*rank, held.get(at)?.epoch);
+                Some(RankLayer { rank, held, staging: staging.cloned() })
             };
             Some((placed.layer, workers.iter().map(of_rank).collect::<Option<_>>()?))
         };
@@ -330,32 +437,40 @@ impl Fleet {
     }
 
     /// Has the session of a rank do something.
-    pub(crate) fn order(&self, group: &str, rank: u32, command: Command) {
-        let worker = self.groups.get(group).and_then(|group| group.get(&rank));
-        if let Some((_, commands)) = worker.and_then(|worker| worker.session.as_ref())
+    pub(crate) fn order(&mut self, group: &str, rank: u32, command: Command) {
+        let worker = self.groups.get_mut(group).and_then(|group| group.get_mut(&rank));
+        let Some(worker) = worker else { return };
+        if let Command::Order(order) = &command
+            && let FromControl::Ready { layer, epoch } = **order
+        {
+            worker.told_ready.insert(layer, epoch);
+        }
+        if let Some((_, commands)) = worker.session.as_ref()
             && let Err(error) = commands.try_send(command)
         {
             tracing::debug!(%error, group, rank, "a session does not take commands");
         }
     }
 
-    /// What is in force in a group: what all of its ranks say that they hold. None while a rank is
-    /// missing, or holds something else.
+    /// What is in force in a group: what all of its ranks say that they hold, but for those that were given up. None while
+    /// another rank is missing, or holds something else.
     pub(crate) fn in_force(
         &self,
         group: &str,
         now_ms: u64,
         patience_ms: u64,
     ) -> Option<&[LayerPlacement]> {
+        let given_up: BTreeSet<u32> = self.given_up(group).collect();
         let group = self.groups.get(group)?;
         let ranks = group.values().next()?.register.ranks;
-        let first = group.values().next()?.held(now_ms, patience_ms)?;
+        let mut there = (0..ranks).filter(|rank| !given_up.contains(rank)).peekable();
+        let first = group.get(there.peek()?)?.held(now_ms, patience_ms)?;
         let holds = |rank| {
             let held = group.get(&rank).and_then(|worker| worker.held(now_ms, patience_ms));
             // Ranks that hold the same share one copy of it.
             held.is_some_and(|held| std::ptr::eq(held, first))
         };
-        (0..ranks).all(holds).then_some(first)
+        there.all(holds).then_some(first)
     }
 
     /// A worker was heard of; false if another session speaks for it by now.
@@ -685,5 +800,46 @@ pub(crate) mod tests {
         ] {
             assert_eq!(fleet.hold(&one, s1, held).unwrap_err().to_string(), expected);
         }
+    }
+
+    #[test]
+    fn nobody_waits_for_ranks_that_were_given_up_until_they_are_back() {
+        let mut fleet = Fleet::default();
+        let come = |fleet: &mut Fleet, rank, incarnation| {
+            let register = Register { stages: true, ..register(rank, incarnation) };
+            let admitted = fleet.admit(&register, 0, PATIENCE).unwrap();
+            fleet.keep(&register, admitted.session);
+            fleet.hold(&register, admitted.session, held(3)).unwrap();
+            (register, admitted)
+        };
+        let (zero, _zero_there) = come(&mut fleet, 0, 1);
+        let (one, one_there) = come(&mut fleet, 1, 1);
+        assert_eq!(fleet.lost("g", 0, PATIENCE), []);
+        fleet.leave(&one, one_there.session);
+        assert_eq!(fleet.lost("g", 0, PATIENCE), [(1, 0)]);
+        assert_eq!(fleet.still("g", 0, PATIENCE), Some(Still::Missing { rank: 1 }));
+        assert!(fleet.is_recovered("g", 0, 3), "nobody was given up");
+        // Also of rank 0, but that is there.
+        assert!(fleet.give_up("g", &[0, 1].into(), (0, PATIENCE)));
+        assert!(!fleet.give_up("g", &[1].into(), (0, PATIENCE)), "that is no change");
+        assert_eq!(fleet.given_up("g").collect::<Vec<_>>(), [1]);
+        assert_eq!(fleet.still("g", 0, PATIENCE), None);
+        assert_eq!(fleet.in_force("g", 0, PATIENCE).unwrap()[..], held(3));
+        let staging = fleet.staging("g", None, 0, PATIENCE).unwrap();
+        assert_eq!(staging[0].1.iter().map(|of| of.rank).collect::<Vec<_>>(), [0]);
+        assert!(!fleet.is_recovered("g", 0, 3), "nobody has looked at that");
+        fleet.recover("g", &[0].into(), [(0, 3)].into());
+        assert!(!fleet.is_recovered("g", 0, 3), "for the loss of others");
+        fleet.recover("g", &[1].into(), [(0, 3)].into());
+        assert!(fleet.is_recovered("g", 0, 3) && !fleet.is_recovered("g", 0, 4));
+        // What the others may come to hold while it loads it is told at once.
+        let ready = Box::new(FromControl::Ready { layer: 0, epoch: 4 });
+        fleet.order("g", 0, Command::Order(ready));
+        assert_eq!(fleet.bound_of_others(&one), [(0, 4)].into());
+        assert_eq!(fleet.bound_of_others(&zero), [].into());
+        let (_, _one_there) = come(&mut fleet, 1, 2);
+        assert_eq!(fleet.given_up("g").count(), 0);
+        assert_eq!(fleet.still("g", 0, PATIENCE), None);
+        assert_eq!(fleet.staging("g", None, 0, PATIENCE).unwrap()[0].1.len(), 2);
     }
 }

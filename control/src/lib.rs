@@ -29,6 +29,8 @@ mod placing;
 mod policies;
 mod propose;
 mod proposing;
+mod recover;
+mod recovering;
 mod registry;
 mod serve;
 mod session;

@@ -133,6 +133,15 @@ pub const OPEN_PROPOSALS_LOOKED_AT: usize = 60;
 /// How often control looks at least whether ranks are to be told something about placements: orders that were lost come again.
 pub const MIGRATE_TICK_MS: u64 = 1_000;
 
+/// How often control looks whether ranks are lost for longer than their grace.
+pub const RECOVER_TICK_MS: u64 = 500;
+
+/// How long a rank may be lost unless somebody says otherwise: a process that was restarted has begun to load by then.
+pub const GRACE_SECONDS_DEFAULT: u64 = 30;
+
+/// Longest grace.
+pub const GRACE_SECONDS_MAX: u64 = 86_400;
+
 /// How often control looks at least whether workers use the tactics that were chosen.
 pub const CHOOSE_TICK_MS: u64 = 1_000;
 

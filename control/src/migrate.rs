@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::fleet::Command;
 use crate::limits::{COMMITTED_LOOKED_AT, MIGRATE_REST_MS, MIGRATE_TICK_MS};
-use crate::migrating::{RankLayer, orders};
+use crate::migrating::{RankLayer, bound, orders};
 use crate::motion::{Motion, Motions, Pace, Step, in_turn};
 use crate::state::{Shared, State, now_ms};
 use crate::store::StoreError;
@@ -80,7 +80,14 @@ async fn look_after(
         .map(|(layer, newest, ranks)| (*layer, Step::of(ranks, *newest)))
         .collect();
     let turns = in_turn(&steps, pace);
-    for (layer, _, ranks) in on_their_way.iter().filter(|(layer, ..)| turns.contains(layer)) {
+    let goes = |layer: u32, newest: u64, ranks: &[RankLayer]| {
+        let recovered = state.fleet().is_recovered(group, layer, newest);
+        turns.contains(&layer) && (recovered || bound(ranks).is_some())
+    };
+    for (layer, newest, ranks) in &on_their_way {
+        if !goes(*layer, *newest, ranks) {
+            continue;
+        }
         let lowest = ranks.iter().map(|rank| rank.held).min().unwrap_or(0);
         let committed = committed_after(state, (group, model), *layer, lowest).await?;
         tell(state, group, ranks, &committed);
@@ -141,7 +148,7 @@ async fn committed_after(
 }
 
 fn throttle(state: &State, group: &str, bytes_per_second: u64) {
-    let fleet = state.fleet();
+    let mut fleet = state.fleet();
     for rank in fleet.throttled_otherwise(group, bytes_per_second) {
         let order = Box::new(FromControl::Throttle { bytes_per_second });
         fleet.order(group, rank, Command::Order(order));
@@ -150,7 +157,11 @@ fn throttle(state: &State, group: &str, bytes_per_second: u64) {
 
 fn tell(state: &State, group: &str, ranks: &[RankLayer], committed: &[LayerPlacement]) {
     let orders: BTreeMap<u32, FromControl> = orders(ranks, committed).into_iter().collect();
-    let fleet = state.fleet();
+    let mut fleet = state.fleet();
+    // Whoever has come back meanwhile was told what is in force, and is not to miss that it changes.
+    if fleet.still(group, now_ms(), state.patience_ms()).is_some() {
+        return;
+    }
     for (rank, order) in orders {
         fleet.order(group, rank, Command::Order(Box::new(order)));
     }

@@ -16,6 +16,7 @@ use protocol::session::{FromControl, LayerPlacement, LayerStaging};
 /// What a rank says of a layer.
 #[derive(Debug, Clone)]
 pub(crate) struct RankLayer {
+    pub(crate) rank: u32,
     /// The epoch in force.
     pub(crate) held: u64,
     pub(crate) staging: Option<LayerStaging>,
@@ -68,7 +69,7 @@ pub(crate) struct Disagreement {
 /// Whether ranks that have staged `epoch` disagree about what an expert is.
 pub(crate) fn disagreement(ranks: &[RankLayer], epoch: u64) -> Option<Disagreement> {
     let mut known: BTreeMap<u32, (u32, u64)> = BTreeMap::new();
-    let staged = (0..).zip(ranks).filter_map(|(rank, of)| Some((rank, of.staging.as_ref()?)));
+    let staged = ranks.iter().filter_map(|of| Some((of.rank, of.staging.as_ref()?)));
     let of_epoch = staged.filter(|(_, staging)| staging.epoch == epoch);
     let digests =
         of_epoch.flat_map(|(rank, staging)| staging.digests.iter().map(move |d| (rank, d)));
@@ -92,16 +93,14 @@ pub(crate) fn bound(ranks: &[RankLayer]) -> Option<u64> {
     if behind { Some(ahead) } else { ranks.iter().find_map(RankLayer::is_ready) }
 }
 
-/// Orders to ranks, by number. `ranks` are all of the group, `committed` the placements of the layer that are later than the
+/// Orders to ranks, by number. `ranks` are all of the group but for those that were given up, `committed` the placements of the layer that are later than the
 /// earliest in force, newest first.
 pub(crate) fn orders(ranks: &[RankLayer], committed: &[LayerPlacement]) -> Vec<(u32, FromControl)> {
     let Some(newest) = committed.first() else { return Vec::new() };
     let ahead = ranks.iter().map(|rank| rank.held).max().unwrap_or(0);
-    let numbered = (0..).zip(ranks);
     if let Some(wanted) = bound(ranks) {
-        return numbered
-            .filter_map(|(number, rank)| Some((number, rank.follows(wanted, committed)?)))
-            .collect();
+        let order = |of: &RankLayer| Some((of.rank, of.follows(wanted, committed)?));
+        return ranks.iter().filter_map(order).collect();
     }
     if newest.epoch <= ahead {
         return Vec::new();
@@ -111,11 +110,11 @@ pub(crate) fn orders(ranks: &[RankLayer], committed: &[LayerPlacement]) -> Vec<(
             return Vec::new();
         }
         let order = FromControl::Ready { layer: newest.layer, epoch: newest.epoch };
-        return numbered.map(|(number, _)| (number, order.clone())).collect();
+        return ranks.iter().map(|of| (of.rank, order.clone())).collect();
     }
     let order = FromControl::Stage { placement: newest.clone() };
-    let idle = numbered.filter(|(_, rank)| !rank.works_at(newest.epoch));
-    idle.map(|(number, _)| (number, order.clone())).collect()
+    let idle = ranks.iter().filter(|of| !of.works_at(newest.epoch));
+    idle.map(|of| (of.rank, order.clone())).collect()
 }
 
 #[cfg(test)]
@@ -130,11 +129,12 @@ mod tests {
     }
 
     fn holds(held: u64) -> RankLayer {
-        RankLayer { held, staging: None }
+        RankLayer { rank: 0, held, staging: None }
     }
 
     fn staging(held: u64, epoch: u64, (staged, ready): (bool, bool)) -> RankLayer {
         RankLayer {
+            rank: 0,
             held,
             staging: Some(LayerStaging {
                 layer: 3,
@@ -147,6 +147,11 @@ mod tests {
         }
     }
 
+    /// As ranks 0, 1 and so on.
+    fn numbered(ranks: &[RankLayer]) -> Vec<RankLayer> {
+        (0..).zip(ranks).map(|(rank, of)| RankLayer { rank, ..of.clone() }).collect()
+    }
+
     /// Orders in few words: rank and epoch.
     fn told(ranks: &[RankLayer], committed: &[u64]) -> Vec<String> {
         let committed: Vec<LayerPlacement> = committed.iter().map(|&epoch| placed(epoch)).collect();
@@ -155,7 +160,7 @@ mod tests {
             FromControl::Ready { layer: 3, epoch } => format!("{rank} ready {epoch}"),
             other => panic!("{other:?}"),
         };
-        orders(ranks, &committed).into_iter().map(words).collect()
+        orders(&numbered(ranks), &committed).into_iter().map(words).collect()
     }
 
     #[test]
@@ -187,7 +192,7 @@ mod tests {
         let none: [&str; 0] = [];
         let other = [has(&[(0, 7), (1, 8)]), has(&[(1, 9), (2, 5)])];
         assert_eq!(told(&other, &[2]), none);
-        let found = disagreement(&other, 2).unwrap();
+        let found = disagreement(&numbered(&other), 2).unwrap();
         assert_eq!(found, Disagreement { expert: 1, first: 0, second: 1 });
         assert_eq!(found.to_string(), "expert 1 is not the same on rank 1 as on rank 0");
         let same = [has(&[(0, 7), (1, 8)]), has(&[(1, 8), (2, 5)])];
@@ -259,7 +264,7 @@ mod tests {
                     let lowest = self.ranks.iter().map(|rank| rank.held).min().unwrap();
                     let later = self.committed.iter().filter(|&&epoch| epoch > lowest);
                     let later: Vec<LayerPlacement> = later.map(|&epoch| placed(epoch)).collect();
-                    let orders = orders(&self.ranks, &later);
+                    let orders = orders(&numbered(&self.ranks), &later);
                     self.waiting.extend(orders);
                 }
                 4..8 if !self.waiting.is_empty() => {

@@ -132,7 +132,7 @@ pub(crate) struct Motion {
     /// Whether somebody was told of a rank that does not get on.
     pub(crate) told_stuck: bool,
     /// What each rank said last, and since when.
-    ranks: Vec<(Word, u64)>,
+    ranks: BTreeMap<u32, (Word, u64)>,
 }
 
 /// A rank that does not get on.
@@ -156,20 +156,20 @@ impl Motion {
     ) -> Self {
         let before = before.filter(|before| before.epoch == epoch);
         let since_ms = before.filter(|before| before.step == step).map(|before| before.since_ms);
-        let word = |(at, rank): (usize, &RankLayer)| {
-            let word = Word::of(rank);
-            let known = before.and_then(|before| before.ranks.get(at));
+        let word = |of: &RankLayer| {
+            let word = Word::of(of);
+            let known = before.and_then(|before| before.ranks.get(&of.rank));
             let since_ms = known.filter(|(said, _)| *said == word).map(|(_, since_ms)| *since_ms);
-            (word, since_ms.unwrap_or(now_ms))
+            (of.rank, (word, since_ms.unwrap_or(now_ms)))
         };
-        let ranks = ranks.iter().enumerate().map(word).collect();
+        let ranks = ranks.iter().map(word).collect();
         let told_stuck = before.is_some_and(|before| before.told_stuck);
         Self { epoch, step, since_ms: since_ms.unwrap_or(now_ms), told_stuck, ranks }
     }
 
     /// In a pause nobody is waited for, however long it lasts.
     pub(crate) fn rest(&mut self, now_ms: u64) {
-        self.ranks.iter_mut().for_each(|(_, since_ms)| *since_ms = now_ms);
+        self.ranks.values_mut().for_each(|(_, since_ms)| *since_ms = now_ms);
     }
 
     /// The first rank that the others wait for, and that has said nothing new for long. A layer that is to be in force waits for
@@ -180,8 +180,8 @@ impl Motion {
             Step::Staging | Step::Blocked => !pace.paused && !word.staged,
             Step::Flipping => !word.ready && word.held < self.epoch,
         };
-        let numbered = (0..).zip(self.ranks.iter().zip(ranks));
-        let mut stuck = numbered.filter_map(|(rank, ((word, said_ms), of))| {
+        let mut stuck = ranks.iter().filter_map(|of| {
+            let (rank, (word, said_ms)) = (of.rank, self.ranks.get(&of.rank)?);
             let quiet_ms = now_ms.saturating_sub(*(said_ms).max(&self.since_ms));
             let [bytes, bytes_left] =
                 of.to(self.epoch).map_or([0; 2], |staging| [staging.bytes, staging.bytes_left]);
@@ -207,10 +207,15 @@ mod tests {
         let (bytes, bytes_left) = (40, left * 10);
         let none = LayerStaging::default();
         let staging = LayerStaging { epoch, left, bytes_left, bytes, staged, ready, ..none };
-        RankLayer { held, staging: Some(staging) }
+        RankLayer { rank: 0, held, staging: Some(staging) }
     }
 
-    const IDLE: RankLayer = RankLayer { held: 1, staging: None };
+    /// As rank 1.
+    fn second(of: &RankLayer) -> RankLayer {
+        RankLayer { rank: 1, ..of.clone() }
+    }
+
+    const IDLE: RankLayer = RankLayer { rank: 0, held: 1, staging: None };
 
     #[test]
     fn a_pace_that_makes_no_sense_is_refused() {
@@ -246,7 +251,7 @@ mod tests {
             ([fails, has.clone()], Step::Blocked),
             ([other, differs], Step::Blocked),
             ([has.clone(), ready.clone()], Step::Flipping),
-            ([RankLayer { held: 2, staging: None }, has], Step::Flipping),
+            ([RankLayer { held: 2, ..IDLE }, has], Step::Flipping),
         ] {
             assert_eq!(Step::of(&ranks, 2), expected, "{ranks:?}");
         }
@@ -277,7 +282,7 @@ mod tests {
     #[test]
     fn whoever_says_nothing_new_for_long_is_stuck() {
         let has = rank(1, 2, (0, true, false));
-        let slow = |left| rank(1, 2, (left, false, false));
+        let slow = |left| second(&rank(1, 2, (left, false, false)));
         let staging = (2, Step::Staging);
         let first = Motion::seen(None, &[has.clone(), slow(3)], staging, 1_000);
         let now = [has.clone(), slow(2)];
@@ -299,15 +304,16 @@ mod tests {
         rested.rest(100_000);
         assert_eq!(stuck(&rested, &now, false, 99_999 + STUCK_MS), None);
         // It never answered.
-        let silent = [has.clone(), IDLE];
+        let silent = [has.clone(), second(&IDLE)];
         let unheard = Motion::seen(None, &silent, staging, 0);
         assert_eq!(stuck(&unheard, &silent, false, STUCK_MS), Some((1, 0, STUCK_MS / 1_000)));
         // All are ready: a call is waited for.
-        let ready = [rank(1, 2, (0, true, true)), rank(1, 2, (0, true, true))];
+        let ready = rank(1, 2, (0, true, true));
+        let ready = [ready.clone(), second(&ready)];
         let flips = Motion::seen(Some(&later), &ready, (2, Step::Flipping), 50_000);
         assert_eq!(flips.since_ms, 50_000);
         assert_eq!(stuck(&flips, &ready, false, u64::MAX), None);
-        let one = [ready[0].clone(), has];
+        let one = [ready[0].clone(), second(&has)];
         let flips = Motion::seen(None, &one, (2, Step::Flipping), 0);
         assert_eq!(stuck(&flips, &one, true, STUCK_MS).unwrap().0, 1);
         // Another epoch begins anew.

@@ -156,6 +156,7 @@ pub(crate) async fn request(
     let ranks = fleet.groups.get(group).into_iter().flat_map(|ranks| ranks.values());
     let question = Question {
         ranks: ranks.map(|worker| &worker.register).collect(),
+        lost: fleet.given_up(group).collect(),
         in_force,
         loads: &loads,
         window_ms: state.config.window_ms,

@@ -7,7 +7,7 @@ use policy_host::Answer;
 use policy_host::contract::EMPTY;
 use policy_host::contract::placer::{self, Budget, Plan, Purpose, Request};
 use policy_host::contract::types::{
-    Context, CostPoint, Layer, Model, Phase, PinKind, RankState, Topology, Window,
+    Context, CostPoint, Layer, Model, Phase, PinKind, Rank, RankState, Topology, Window,
 };
 use policy_host::store::digest;
 use protocol::ids::ExpertId;
@@ -37,6 +37,8 @@ pub(crate) enum Unaskable {
 pub(crate) struct Question<'a> {
     /// Every rank of the group, by number.
     pub(crate) ranks: Vec<&'a Register>,
+    /// Those of them that were given up.
+    pub(crate) lost: BTreeSet<u32>,
     pub(crate) in_force: &'a [LayerPlacement],
     /// In the order of end, layer and phase.
     pub(crate) loads: &'a [Load],
@@ -90,7 +92,12 @@ impl Question<'_> {
                 hosts.push(&register.host);
                 hosts.len() - 1
             });
-            self.constraints.rank(register.rank, u32::try_from(node).unwrap_or(u32::MAX))
+            let node = u32::try_from(node).unwrap_or(u32::MAX);
+            let rank = self.constraints.rank(register.rank, node);
+            match self.lost.contains(&register.rank) {
+                true => Rank { state: RankState::Lost, ..rank },
+                false => rank,
+            }
         });
         Topology { ranks: ranks.collect(), slots_per_rank, staging_slots: 0 }
     }
@@ -492,6 +499,7 @@ pub(crate) mod tests {
         let mut loads: Vec<Load> = (1..=10).map(|n| load(n * 100, "prefill", [n, 0])).collect();
         loads.insert(1, load(100, "decode", [50, 1]));
         let question = Question {
+            lost: BTreeSet::new(),
             ranks: vec![&one, &two],
             in_force: &in_force,
             loads: &loads,

@@ -27,6 +27,7 @@ use crate::limits::{
 use crate::migrate;
 use crate::placing::PlacementFile;
 use crate::policies::Policies;
+use crate::recover;
 use crate::shadow;
 use crate::state::{State, now_ms};
 use crate::store::audit::Entry;
@@ -177,6 +178,7 @@ impl Server {
         let shadowing = tokio::spawn(shadow::run(Arc::clone(&state)));
         let choosing = tokio::spawn(choose::run(Arc::clone(&state)));
         let migrating = tokio::spawn(migrate::run(Arc::clone(&state)));
+        let recovering = tokio::spawn(recover::run(Arc::clone(&state)));
         let ended = async move {
             end.await;
             // Sessions and streams end by themselves then.
@@ -202,6 +204,7 @@ impl Server {
         settling.abort();
         advising.abort();
         migrating.abort();
+        recovering.abort();
         shadowing.abort();
         choosing.abort();
         state.store.close().await;

@@ -182,7 +182,7 @@ async fn place(
     let group = &register.group;
     let others = state.fleet().placements_of_others(register, now_ms(), state.patience_ms());
     let placements = match others {
-        Some(placements) => placements,
+        Some(placements) => what_others_come_to(state, register, placements).await?,
         None => match state.store.place(register, state.files.get(group), now_ms()).await {
             Ok(placements) => {
                 state.fleet().problems.remove(group);
@@ -198,6 +198,28 @@ async fn place(
     };
     state.fleet().place(register, session, Arc::clone(&placements));
     Ok(placements.to_vec())
+}
+
+/// What the other ranks hold, but for layers in which they come to hold something else and there is no way back: they may not
+/// wait for this one.
+async fn what_others_come_to(
+    state: &Shared,
+    register: &Register,
+    held: Arc<[LayerPlacement]>,
+) -> Result<Arc<[LayerPlacement]>, StoreError> {
+    let bound = state.fleet().bound_of_others(register);
+    let of = (&register.group[..], &register.model.digest[..]);
+    let mut coming = held.to_vec();
+    for placed in &mut coming {
+        let Some(&epoch) = bound.get(&placed.layer).filter(|epoch| **epoch > placed.epoch) else {
+            continue;
+        };
+        let found = state.store.epochs(of, placed.layer, epoch + 1, 1).await?;
+        if let Some(found) = found.into_iter().find(|found| found.epoch == epoch) {
+            *placed = found.into();
+        }
+    }
+    Ok(if coming[..] == held[..] { held } else { coming.into() })
 }
 
 /// Tells those who watch that a placement is in force, if one is.

@@ -21,6 +21,8 @@ pub(crate) type Shared = Arc<State>;
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) config: Config,
+    /// When control started, in milliseconds since 1970.
+    pub(crate) started_ms: u64,
     /// Placements by group, from files.
     pub(crate) files: BTreeMap<String, PlacementFile>,
     pub(crate) store: Store,
@@ -62,6 +64,7 @@ impl State {
         let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
         Self {
             config,
+            started_ms: now_ms(),
             files,
             store,
             policies,

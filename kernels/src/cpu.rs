@@ -306,8 +306,11 @@ impl CpuDevice {
                 Announcement { role, layer, form, epoch, ready, absent, tokens, top_k, pairs }
             }
             None => {
+                // Also a call that is refused makes ranks flip: it may be refused for what comes to be in force by that.
+                let known = asked.and_then(|asked| Some(&self.layers[self.position(asked)?]));
+                let (epoch, ready) = known.map_or((0, 0), |l| (l.held.epoch, l.ready()));
                 let (layer, form) = (asked.unwrap_or(NO_LAYER), Form::default());
-                let (role, epoch, ready) = (Role::Refused, 0, 0);
+                let role = Role::Refused;
                 Announcement { role, layer, form, epoch, ready, absent, tokens, top_k, pairs }
             }
         }

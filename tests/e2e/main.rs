@@ -18,6 +18,7 @@ mod placements;
 mod policies;
 mod proposals;
 mod raw;
+mod recovery;
 mod shutdown;
 mod tactics;
 

@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use crate::client::{Client, Failed, parameter, path};
 use crate::table::{self, Column};
 use crate::{
-    Balancing, Command, Constraints, Decide, Format, Group, Migration, Policy, Propose, Rollback,
-    Token,
+    Balancing, Command, Constraints, Decide, Format, Group, Migration, Policy, Propose, Recovery,
+    Rollback, Token,
 };
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
@@ -74,6 +74,7 @@ pub(crate) fn run(
         Command::Whatif { group, lost } => shown.loss(group, &lost),
         Command::Constraints(constraints) => shown.constraints(&constraints),
         Command::Migration(migration) => shown.migration(migration),
+        Command::Recovery(recovery) => shown.recovery(recovery),
         Command::Rollback(rollback) => shown.roll_back(rollback),
         Command::Import { file, group, format, dry_run, reason } => {
             let group = shown.group(group)?;
@@ -184,6 +185,15 @@ const DRAINING: &[Column] = &[("LEAVES", "")];
 const SPEEDS: &[Column] = &[("RANK", "/rank"), ("SPEED", "/speed")];
 const PINS: &[Column] =
     &[("LAYER", "/layer"), ("EXPERT", "/expert"), ("RANK", "/rank"), ("PIN", "/kind")];
+const RECOVERY: &[Column] =
+    &[("AUTOMATIC", "/recovery/automatic"), ("GRACE S", "/recovery/grace_s")];
+const LOST: &[Column] = &[
+    ("LOST RANK", "/rank"),
+    ("LAST SEEN MS", "/last_seen_ms"),
+    ("GIVES UP MS", "/gives_up_ms"),
+    ("GIVEN UP", "/given_up"),
+];
+const LACKING: &[Column] = &[("LAYER", "/layer"), ("LACKS EXPERTS", "/experts")];
 const PACE: &[Column] = &[
     ("PAUSED", "/pace/paused"),
     ("LAYERS AT ONCE", "/pace/layers_at_once"),
@@ -600,6 +610,29 @@ impl<W: Write> Shown<'_, W> {
         }
         self.list(&Value::Array(vec![migration]), PACE, "")?;
         self.list(&layers, MOTIONS, "nothing is on its way")
+    }
+
+    fn recovery(&mut self, given: Recovery) -> Result<(), Failed> {
+        let Recovery { group, grace, wait, automatic, reason } = given;
+        let group = self.group(group)?;
+        let path = path(&["groups", &group, "recovery"]);
+        let mut view = self.client.get(&path)?;
+        if let Some(reason) = reason {
+            let mut recovery = view["recovery"].take();
+            if wait || automatic {
+                recovery["automatic"] = json!(automatic);
+            }
+            if let Some(grace) = grace {
+                recovery["grace_s"] = json!(grace);
+            }
+            view = self.client.put(&path, &json!({ "recovery": recovery, "reason": reason }))?;
+        }
+        if self.json {
+            return Ok(writeln!(self.out, "{view:#}")?);
+        }
+        self.list(&Value::Array(vec![view.clone()]), RECOVERY, "")?;
+        self.list(&view["lost"], LOST, "no rank is lost")?;
+        self.list(&view["lacking"], LACKING, "calls lack no expert")
     }
 
     fn roll_back(&mut self, rollback: Rollback) -> Result<(), Failed> {

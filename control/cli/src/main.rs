@@ -130,6 +130,8 @@ enum Command {
     Constraints(Constraints),
     /// What is on its way to other placements, and how far it is; pauses it, goes on, or changes how fast.
     Migration(Migration),
+    /// Who is lost, what calls lack, and what is done about it; changes that if anything is given.
+    Recovery(Recovery),
     /// Gives up what is on its way: every layer keeps what is in force. With --layer and --epoch that layer goes back to a
     /// placement that it had.
     Rollback(Rollback),
@@ -278,6 +280,24 @@ struct Constraints {
     /// Takes a pin away.
     #[arg(long, value_name = "[LAYER:]EXPERT@RANK", requires = "reason")]
     unpin: Vec<String>,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: Option<String>,
+}
+
+#[derive(Args)]
+struct Recovery {
+    #[command(flatten)]
+    group: Group,
+    /// Seconds for which a rank may be lost; then the others get what only it has.
+    #[arg(long, value_name = "SECONDS", requires = "reason")]
+    grace: Option<u64>,
+    /// Waits for lost ranks, however long they take.
+    #[arg(long, requires = "reason", conflicts_with = "automatic")]
+    wait: bool,
+    /// Does not: that is the default.
+    #[arg(long, requires = "reason")]
+    automatic: bool,
     /// Kept in the audit log.
     #[arg(long)]
     reason: Option<String>,

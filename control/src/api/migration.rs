@@ -37,7 +37,7 @@ struct LayerMotionView {
     from_epoch: u64,
     /// The epoch that is asked for.
     to_epoch: u64,
-    /// What that comes from: `default`, `file`, `import`, `proposal` or `rollback`.
+    /// What that comes from: `default`, `file`, `import`, `proposal`, `repair` or `rollback`.
     source: String,
     /// The proposal that it was made by.
     proposal: Option<String>,
@@ -127,9 +127,9 @@ fn layer_view(
     let motions = state.motions();
     let motion = motions.get(group).and_then(|motions| motions.get(&asked.layer));
     let motion = motion.filter(|motion| motion.epoch == asked.epoch);
-    let of_rank = |(rank, of): (u32, &RankLayer)| {
+    let of_rank = |of: &RankLayer| {
         let staging = of.staging.as_ref().filter(|staging| staging.epoch > of.held)?;
-        Some(MovingView::new(rank, staging, ranks))
+        Some(MovingView::new(of.rank, staging, ranks))
     };
     Some(LayerMotionView {
         layer: asked.layer,
@@ -141,6 +141,6 @@ fn layer_view(
         step: Step::of(ranks, asked.epoch),
         since_ms: motion.map_or(now_ms, |motion| motion.since_ms),
         stuck: motion.and_then(|motion| motion.stuck(ranks, pace, now_ms)),
-        ranks: (0..).zip(ranks).filter_map(of_rank).collect(),
+        ranks: ranks.iter().filter_map(of_rank).collect(),
     })
 }

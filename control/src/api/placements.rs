@@ -92,7 +92,7 @@ impl PlacedView {
 pub(super) struct CommittedView {
     #[serde(flatten)]
     placed: PlacedView,
-    /// What it comes from: `default` (experts in order), `file`, `import`, `proposal` or `rollback`.
+    /// What it comes from: `default` (experts in order), `file`, `import`, `proposal`, `repair` (of what lost ranks had) or `rollback`.
     source: String,
     /// The proposal that it was made by.
     proposal: Option<String>,

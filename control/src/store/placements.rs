@@ -12,12 +12,14 @@ use super::audit::{self, Entry};
 use super::{Store, StoreError, signed};
 use crate::placing::{Misfit, PlacementFile, fits, in_order, layer_placement, rooms};
 use crate::proposing::Proposal;
+use crate::recovering::Repaired;
 
 /// What a placement comes from.
 const DEFAULT: &str = "default";
 const FILE: &str = "file";
 const IMPORT: &str = "import";
 const PROPOSAL: &str = "proposal";
+const REPAIR: &str = "repair";
 const ROLLBACK: &str = "rollback";
 
 /// What a placement was made from.
@@ -31,6 +33,8 @@ enum Source<'a> {
     Import,
     /// A proposal, by its name.
     Proposal(&'a str),
+    /// What lost ranks had was given a place elsewhere.
+    Repair,
     /// An earlier epoch.
     Rollback,
 }
@@ -43,6 +47,7 @@ impl<'a> Source<'a> {
             Self::File(digest) => (FILE, Some(digest), None),
             Self::Import => (IMPORT, None, None),
             Self::Proposal(id) => (PROPOSAL, None, Some(id)),
+            Self::Repair => (REPAIR, None, None),
             Self::Rollback => (ROLLBACK, None, None),
         }
     }
@@ -242,6 +247,40 @@ impl Store {
         audit::write(&mut transaction, entry.of(&of.group).changed(&before, &after)).await?;
         self.commit(transaction).await?;
         Ok(done)
+    }
+
+    /// Commits for layers what `repaired` makes of their newest placements, where it makes something; the newest epoch of every
+    /// layer afterwards.
+    pub(crate) async fn repair(
+        &self,
+        of: &Register,
+        entry: Entry<'_>,
+        repaired: impl Fn(u32, &Placement) -> Option<Repaired>,
+    ) -> Result<BTreeMap<u32, u64>, StoreError> {
+        let mut transaction = self.pool.begin_with("BEGIN IMMEDIATE").await?;
+        let newest = newest(&mut transaction, &of.group, &of.model.digest).await?;
+        let mut epochs = BTreeMap::new();
+        let (mut before, mut after, mut moved, mut left) = (Vec::new(), Vec::new(), 0, Vec::new());
+        for Committed { layer, epoch, placement, .. } in newest {
+            epochs.insert(layer, epoch);
+            let Some(repaired) = repaired(layer, &placement) else { continue };
+            moved += repaired.moved;
+            left.extend(repaired.left.into_iter().map(|expert| (layer, expert)));
+            let placed = LayerPlacement { layer, epoch: epoch + 1, placement: repaired.placement };
+            commit(&mut transaction, of, &placed, (Source::Repair, entry.at_ms)).await?;
+            epochs.insert(layer, placed.epoch);
+            before.push((layer, epoch));
+            after.push((layer, placed.epoch));
+        }
+        if !after.is_empty() {
+            let [before, after] = [
+                json!({ "epochs": before }),
+                json!({ "epochs": after, "moved": moved, "left": left }),
+            ];
+            audit::write(&mut transaction, entry.of(&of.group).changed(&before, &after)).await?;
+            self.commit(transaction).await?;
+        }
+        Ok(epochs)
     }
 
     /// The newest placement of every layer.

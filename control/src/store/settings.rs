@@ -12,6 +12,7 @@ use crate::balancing::Balancing;
 use crate::choosing::Chooser;
 use crate::constraints::Constraints;
 use crate::motion::Pace;
+use crate::recovering::Recovery;
 use crate::shadowing::Shadows;
 
 /// A setting of a group, which has its default until somebody says otherwise.
@@ -30,6 +31,10 @@ impl Setting for Chooser {
 
 impl Setting for Constraints {
     const KIND: &str = "constraints";
+}
+
+impl Setting for Recovery {
+    const KIND: &str = "recovery";
 }
 
 impl Setting for Shadows {
