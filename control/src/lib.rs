@@ -36,6 +36,7 @@ mod serve;
 mod session;
 mod shadow;
 mod shadowing;
+pub mod simulated;
 mod state;
 mod store;
 pub mod tls;

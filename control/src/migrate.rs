@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::fleet::Command;
 use crate::limits::{COMMITTED_LOOKED_AT, MIGRATE_REST_MS, MIGRATE_TICK_MS};
-use crate::migrating::{RankLayer, bound, orders};
-use crate::motion::{Motion, Motions, Pace, Step, in_turn};
+use crate::migrating::{RankLayer, orders};
+use crate::motion::{Motion, Motions, OnItsWay, Pace, Step, on_their_way, told};
 use crate::state::{Shared, State, now_ms};
 use crate::store::StoreError;
 
@@ -22,9 +22,6 @@ struct Known {
     newest: BTreeMap<u32, u64>,
     pace: Pace,
 }
-
-/// A layer whose ranks do not all hold its newest committed epoch: its number, that epoch, and what ranks say.
-type OnItsWay = (u32, u64, Vec<RankLayer>);
 
 /// Looks after every group, again and again.
 pub(crate) async fn run(state: Shared) {
@@ -66,30 +63,13 @@ async fn look_after(
     let now_ms = now_ms();
     let layers = state.fleet().staging(group, None, now_ms, state.patience_ms());
     let Ok(layers) = layers else { return Ok(()) };
-    let on_their_way: Vec<OnItsWay> = layers
-        .into_iter()
-        .filter_map(|(layer, ranks)| {
-            let newest = *newest.get(&layer)?;
-            let behind = ranks.iter().any(|rank| rank.held < newest);
-            behind.then_some((layer, newest, ranks))
-        })
-        .collect();
+    let on_their_way = on_their_way(layers, newest);
     watch(state, group, (&on_their_way, pace), now_ms).await?;
-    let steps: Vec<(u32, Step)> = on_their_way
-        .iter()
-        .map(|(layer, newest, ranks)| (*layer, Step::of(ranks, *newest)))
-        .collect();
-    let turns = in_turn(&steps, pace);
-    let goes = |layer: u32, newest: u64, ranks: &[RankLayer]| {
-        let recovered = state.fleet().is_recovered(group, layer, newest);
-        turns.contains(&layer) && (recovered || bound(ranks).is_some())
-    };
-    for (layer, newest, ranks) in &on_their_way {
-        if !goes(*layer, *newest, ranks) {
-            continue;
-        }
+    let told =
+        told(&on_their_way, pace, |layer, epoch| state.fleet().is_recovered(group, layer, epoch));
+    for (layer, ranks) in told {
         let lowest = ranks.iter().map(|rank| rank.held).min().unwrap_or(0);
-        let committed = committed_after(state, (group, model), *layer, lowest).await?;
+        let committed = committed_after(state, (group, model), layer, lowest).await?;
         tell(state, group, ranks, &committed);
     }
     Ok(())

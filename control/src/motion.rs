@@ -88,6 +88,38 @@ impl Step {
     }
 }
 
+/// A layer whose ranks do not all hold its newest committed epoch: its number, that epoch, and what ranks say.
+pub(crate) type OnItsWay = (u32, u64, Vec<RankLayer>);
+
+/// Those of `layers`, each with what ranks say, `newest` being the newest committed epochs.
+pub(crate) fn on_their_way(
+    layers: Vec<(u32, Vec<RankLayer>)>,
+    newest: &BTreeMap<u32, u64>,
+) -> Vec<OnItsWay> {
+    let on_its_way = |(layer, ranks): (u32, Vec<RankLayer>)| {
+        let newest = *newest.get(&layer)?;
+        let behind = ranks.iter().any(|rank| rank.held < newest);
+        behind.then_some((layer, newest, ranks))
+    };
+    layers.into_iter().filter_map(on_its_way).collect()
+}
+
+/// Layers whose ranks are told something now: whose turn it is, and whose newest epoch `is_recovered` from the loss of ranks, or
+/// where there is no way back.
+pub(crate) fn told<'a>(
+    on_their_way: &'a [OnItsWay],
+    pace: &Pace,
+    is_recovered: impl Fn(u32, u64) -> bool,
+) -> Vec<(u32, &'a [RankLayer])> {
+    let step = |(layer, newest, ranks): &OnItsWay| (*layer, Step::of(ranks, *newest));
+    let steps: Vec<(u32, Step)> = on_their_way.iter().map(step).collect();
+    let turns = in_turn(&steps, pace);
+    let goes = |(layer, newest, ranks): &&OnItsWay| {
+        turns.contains(layer) && (bound(ranks).is_some() || is_recovered(*layer, *newest))
+    };
+    on_their_way.iter().filter(goes).map(|(layer, _, ranks)| (*layer, &ranks[..])).collect()
+}
+
 /// Which layers' ranks are told something, of `steps` that are ascending: those where there is no way back, and of the others
 /// as many as there is room for, those that have begun first. Who is blocked has given its room back.
 pub(crate) fn in_turn(steps: &[(u32, Step)], pace: &Pace) -> Vec<u32> {

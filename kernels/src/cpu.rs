@@ -27,7 +27,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::device::{
     CallError, Device, DeviceError, LayerCall, LayerSlots, LoadError, NoSuchTactic, check_call,
 };
-use crate::group::{Announcement, Group, NO_LAYER, Role, behind, compare, flips};
+use crate::group::{Announcement, Group, NO_LAYER, Role, behind, compare, flips, is_superseded};
 use crate::heap::HeapShape;
 use crate::heap::shm::ShmHeap;
 use crate::problem::{ActFormat, Form, LayerShape};
@@ -240,6 +240,9 @@ impl CpuDevice {
         // All ranks saw the same announcements: they flip after the same call, whatever became of it.
         match self.position(ours.layer) {
             Some(position) if flips => self.layers[position].flip(),
+            Some(position) if is_superseded(&announced, &ours) => {
+                self.layers[position].stand_back();
+            }
             Some(position) if result.is_ok() && ours.role != Role::Refused => {
                 self.layers[position].settle();
             }

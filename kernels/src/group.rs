@@ -25,7 +25,7 @@
 use std::fmt;
 use std::hint;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::heap::{HeapLayout, RANKS_MAX, SymmetricHeap};
 use crate::memory::{bytes_of, bytes_of_mut};
@@ -273,6 +273,13 @@ pub(crate) fn behind(announcements: &[Announcement]) -> Option<u32> {
     (0..).zip(announcements).find(|(_, a)| a.ready != 0 && ahead(a)).map(|(rank, _)| rank)
 }
 
+/// Whether the rank that announced `ours` is ready for an epoch that another is beyond: all come to hold the later one, and
+/// nobody flips to the earlier any more.
+pub(crate) fn is_superseded(announcements: &[Announcement], ours: &Announcement) -> bool {
+    let beyond = |a: &Announcement| a.layer == ours.layer && a.epoch > ours.ready;
+    ours.ready != 0 && announcements.iter().any(beyond)
+}
+
 /// A rank's part in its group.
 #[derive(Debug)]
 pub struct Group {
@@ -479,7 +486,7 @@ impl Group {
         layer: u32,
         has: impl Fn(&Self, u32) -> bool,
     ) -> Result<(), GroupError> {
-        let (mut since, mut progress) = (Instant::now(), None);
+        let (mut since, mut progress) = (self.heap.now(), None);
         let mut looks = 0;
         loop {
             let rung = self.heap.rung();
@@ -496,11 +503,13 @@ impl Group {
             let dead = missing.find(|&rank| !self.heap.is_alive(rank));
             let now = Some(self.progress());
             if now != progress {
-                (progress, since) = (now, Instant::now());
+                (progress, since) = (now, self.heap.now());
             }
             let why = match dead {
                 Some(rank) => Some((rank, Reason::Lost)),
-                None if since.elapsed() >= self.deadline => Some((first, Reason::Deadline)),
+                None if self.heap.now().saturating_sub(since) >= self.deadline => {
+                    Some((first, Reason::Deadline))
+                }
                 None => None,
             };
             if let Some((rank, reason)) = why {
@@ -653,6 +662,29 @@ mod tests {
         assert!(text.starts_with("rank 1 calls layer 3 with act=nvfp4"), "{text}");
         let late = Announcement { role: Role::Joins, epoch: 8, ..announcement(3, 2) };
         assert!(compare(&[announcement(3, 2), late]).is_err(), "placements differ");
+    }
+
+    #[test]
+    fn all_flip_or_none_and_what_is_behind_others_is_given_up() {
+        let ready = announcement(3, 2);
+        let held = |epoch, ready| Announcement { epoch, ready, ..announcement(3, 2) };
+        let both = [ready.clone(), ready.clone()];
+        assert!(flips(&both, &ready) && behind(&both).is_none());
+        // One has not staged it.
+        let one = [ready.clone(), held(9, 0)];
+        assert!(!flips(&one, &one[0]) && !flips(&one, &one[1]) && !is_superseded(&one, &one[0]));
+        // One has it in force.
+        let late = [ready.clone(), held(11, 0)];
+        assert!(
+            flips(&late, &late[0]) && !flips(&late, &late[1]) && !is_superseded(&late, &late[0])
+        );
+        assert_eq!(behind(&late), Some(0));
+        // One started with a later one.
+        let beyond = [ready, held(12, 0)];
+        assert!(!flips(&beyond, &beyond[0]) && is_superseded(&beyond, &beyond[0]));
+        assert!(!is_superseded(&beyond, &beyond[1]));
+        let other_layer = [beyond[0].clone(), Announcement { layer: 4, ..beyond[1].clone() }];
+        assert!(!is_superseded(&other_layer, &other_layer[0]));
     }
 
     /// After a mismatch nobody waits for the others to be done: the fast announce the next call while

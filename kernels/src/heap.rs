@@ -199,6 +199,9 @@ pub trait SymmetricHeap: Send + Sync + Debug {
     /// Whether the process of `rank` lives.
     fn is_alive(&self, rank: u32) -> bool;
 
+    /// Time that has passed since some moment: what deadlines are counted in.
+    fn now(&self) -> Duration;
+
     /// Counts this rank's progress word up.
     fn advance(&self);
 

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 
+use crate::invariants;
 use crate::moving::{Moving, Traffic};
 use crate::random::Random;
 use crate::worker_process::until;
@@ -56,6 +57,10 @@ pub fn kill(moving: &mut Moving, random: &mut Random) -> Result<ControlKill> {
     moving.traffic = traffic;
     let (step, answered, settled) = ended?;
     let (asked, in_force) = (moving.placements("asked")?, moving.placements("in_force")?);
+    let epochs = |placements: &[(u64, Vec<i64>)]| {
+        (0..).zip(placements).map(|(layer, (epoch, _))| (layer, *epoch)).collect()
+    };
+    invariants::is_in_force(&epochs(&asked), &epochs(&in_force), "the group")?;
     ensure!(asked == in_force, "{asked:?} was committed last, {in_force:?} is in force");
     for (layer, ((now, slots), (epoch, old))) in asked.iter().zip(&before).enumerate() {
         let new = *now == epoch + 1 && *slots == turned[layer];

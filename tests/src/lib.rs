@@ -7,6 +7,7 @@ pub mod control_kills;
 pub mod control_process;
 pub mod fake_worker;
 pub mod group;
+pub mod invariants;
 pub mod kill;
 pub mod moving;
 pub mod plan;

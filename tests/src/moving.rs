@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::control_process::Control;
 use crate::group::{Group, Spec, call_all, uneven};
+use crate::invariants;
 use crate::recorded::{Recorded, RecordedLayer};
 use crate::worker_process::until;
 
@@ -42,7 +43,7 @@ impl Traffic {
             let inputs = layer.inputs.rows(0..ROWS);
             let output = call_all(&mut self.engines, layer.number, &inputs, &shares)?;
             let first = first.get_or_insert_with(|| output.clone());
-            ensure!(output == *first, "layer {} has other bits", layer.number);
+            invariants::has_its_bits(&format!("layer {}", layer.number), &output, first)?;
         }
         self.steps += 1;
         Ok(())

@@ -14,6 +14,7 @@ mod orders;
 mod placement;
 mod pulse;
 mod rank;
+pub mod simulated;
 mod socket;
 mod start;
 pub mod tactics;

@@ -53,7 +53,7 @@ impl Progress {
 }
 
 /// Something to derive, while somebody waits for it.
-struct Job {
+pub(crate) struct Job {
     epoch: u64,
     stager: Stager,
     progress: Weak<Progress>,
@@ -105,25 +105,34 @@ impl Migrate {
         pulse: Arc<Pulse>,
         remember: Remember,
     ) -> io::Result<Self> {
-        let (jobs, to_do) = sync_channel::<Job>(ORDERS_MAX);
+        let (migrate, mut work) =
+            Self::new(checkpoint, (rank, bell), placements, (pulse, remember));
+        let work = move || while work.next(Receiver::recv) {};
+        thread::Builder::new().name("stage".to_owned()).spawn(work)?;
+        Ok(migrate)
+    }
+
+    /// The same, and the work of the thread that stages.
+    pub(crate) fn new(
+        checkpoint: Checkpoint,
+        (rank, bell): (u32, Bell),
+        placements: Placements,
+        (pulse, remember): (Arc<Pulse>, Remember),
+    ) -> (Self, Work) {
+        let (jobs, to_do) = sync_channel(ORDERS_MAX);
         let (tell, done) = sync_channel(ORDERS_MAX);
         let throttle = Arc::new(AtomicU64::new(STAGE_BYTES_PER_SECOND));
-        let mut stage = Stage { checkpoint, throttle: Arc::clone(&throttle), bell, owed: 0.0 };
-        let work = move || {
-            for job in to_do {
-                let told = tell.send(stage.run(job));
-                stage.bell.ring();
-                if told.is_err() {
-                    return;
-                }
-            }
-        };
-        thread::Builder::new().name("stage".to_owned()).spawn(work)?;
+        let stage = Stage { checkpoint, throttle: Arc::clone(&throttle), bell, owed: 0.0 };
         let pending = BTreeMap::new();
         let migrate = Self { jobs, done, throttle, rank, placements, pending, pulse, remember };
         // Control is told the throttle before it asks for anything.
         migrate.report();
-        Ok(migrate)
+        (migrate, Work { to_do, tell, stage })
+    }
+
+    /// What is in force on this rank.
+    pub(crate) fn placements(&self) -> &Placements {
+        &self.placements
     }
 
     /// Takes what was staged, and follows orders.
@@ -153,6 +162,14 @@ impl Migrate {
             let Some(pending) = self.pending.remove(layer) else { continue };
             tracing::info!(layer, epoch = pending.placement.epoch, "a placement is in force");
             self.placements.replace(pending.placement);
+        }
+        let mut stood_back = false;
+        for (layer, pending) in self.pending.iter_mut().filter(|(_, pending)| pending.ready) {
+            pending.ready = device.ready(*layer) == Some(pending.placement.epoch);
+            stood_back |= !pending.ready;
+        }
+        if stood_back {
+            self.report();
         }
         if flipped.is_empty() {
             return;
@@ -265,6 +282,23 @@ impl Migrate {
         };
         let throttle = self.throttle.load(Ordering::Relaxed);
         self.pulse.set_staging(self.pending.iter().map(of).collect(), throttle);
+    }
+}
+
+/// What there is to stage.
+pub(crate) struct Work {
+    to_do: Receiver<Job>,
+    tell: SyncSender<Done>,
+    stage: Stage,
+}
+
+impl Work {
+    /// Does the next job that `take` finds; false if it finds none, or nobody wants it any more.
+    pub(crate) fn next<E>(&mut self, take: impl FnOnce(&Receiver<Job>) -> Result<Job, E>) -> bool {
+        let Ok(job) = take(&self.to_do) else { return false };
+        let told = self.tell.send(self.stage.run(job));
+        self.stage.bell.ring();
+        told.is_ok()
     }
 }
 

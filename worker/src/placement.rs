@@ -90,6 +90,11 @@ impl Placements {
         Ok(Self::of(placements, layers))
     }
 
+    /// Those that somebody else has made.
+    pub(crate) fn made(layers: Vec<LayerPlacement>) -> Self {
+        Self { layers }
+    }
+
     /// Those of a worker that is alone.
     pub(crate) fn alone(layers: &[MoeLayer]) -> Result<Self, PlaceError> {
         Ok(Self::of(contiguous(1, 0, layers)?, layers))

@@ -112,6 +112,13 @@ impl Layer {
         }
     }
 
+    /// Is not ready any more for what is staged: another may be staged in its place.
+    pub(super) fn stand_back(&mut self) {
+        if let Some((_, ready)) = &mut self.next {
+            *ready = false;
+        }
+    }
+
     /// All ranks have called under the epoch in force: nobody goes back to the one before.
     pub(super) fn settle(&mut self) {
         self.last = None;
@@ -155,7 +162,8 @@ pub enum StageError {
         /// What there is.
         expected: usize,
     },
-    /// What is ready cannot be taken back: other ranks may have it in force.
+    /// What is ready cannot be taken back: other ranks may have it in force. It is not ready any more once a call shows that
+    /// another rank is beyond it.
     #[error("epoch {epoch} of layer {layer} is ready, and cannot be taken back")]
     Ready {
         /// The layer.
@@ -316,6 +324,12 @@ impl super::CpuDevice {
     #[must_use]
     pub fn epoch(&self, layer: u32) -> Option<u64> {
         Some(self.layers[self.position(layer)?].held.epoch)
+    }
+
+    /// The epoch of a layer that this rank is ready for.
+    #[must_use]
+    pub fn ready(&self, layer: u32) -> Option<u64> {
+        Some(self.layers[self.position(layer)?].ready()).filter(|epoch| *epoch != 0)
     }
 
     /// Bytes of all experts that are held, staged, or kept from before.

@@ -125,6 +125,7 @@ pub struct ShmHeap {
     memory: SharedMemory,
     layout: HeapLayout,
     rank: u32,
+    began: Instant,
     /// The group's file; none for a rank that is alone.
     file: Option<HeapFile>,
 }
@@ -154,7 +155,7 @@ impl ShmHeap {
     pub fn alone(shape: HeapShape) -> Result<Self, crate::device::DeviceError> {
         let layout = HeapLayout::new(HeapShape { ranks: 1, ..shape });
         let memory = SharedMemory::create("heap", REGIONS + layout.bytes())?;
-        Ok(Self { memory, layout, rank: 0, file: None })
+        Ok(Self { memory, layout, rank: 0, began: Instant::now(), file: None })
     }
 
     /// Joins a group, or founds it.
@@ -184,7 +185,7 @@ impl ShmHeap {
         let bytes = REGIONS + u64::from(ranks) * layout.bytes();
         let fd: OwnedFd = file.file.try_clone().map_err(file.failed("duplicate"))?.into();
         let memory = SharedMemory::of_heap(fd, bytes)?;
-        let mut heap = Self { memory, layout, rank, file: None };
+        let mut heap = Self { memory, layout, rank, began: Instant::now(), file: None };
         // What a predecessor that was killed left in words that count sleepers.
         for bell in [layout.bell(), layout.parked_bell()] {
             heap.word32(rank, bell + 4).store(0, Ordering::SeqCst);
@@ -247,6 +248,10 @@ impl SymmetricHeap for ShmHeap {
 
     fn is_alive(&self, rank: u32) -> bool {
         rank == self.rank || self.file.as_ref().is_none_or(|file| file.is_held(rank))
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
     }
 
     fn advance(&self) {

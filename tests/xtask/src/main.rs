@@ -41,6 +41,9 @@ enum Command {
     /// Ranks of a group killed at random moments, every answer verified: `--ranks N --kills N --seed S`.
     #[command(disable_help_flag = true)]
     KillRanks(Rest),
+    /// Simulates a group and its control, a seed after the other: `--seeds N --first N --plant flip-before-checksum`.
+    #[command(disable_help_flag = true)]
+    Simulate(Rest),
     /// The end-to-end tests; with `--stress N` each of them N times.
     E2e {
         /// Rounds.
@@ -126,6 +129,10 @@ fn run(command: Command) -> Result<bool> {
             let case = "tests/data/moe-golden/skewed_e16_k4_h256_i64_t300";
             arguments.insert(0, build::root().join(case).into_os_string());
             cases("kill-ranks", arguments)
+        }
+        Command::Simulate(Rest { arguments }) => {
+            let mut simulate = std::process::Command::new(build::program("moeplane-simulate")?);
+            Ok(simulate.args(arguments).status()?.success())
         }
         Command::E2e { stress } => e2e(stress),
         Command::CompileKernels => {
