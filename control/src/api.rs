@@ -20,6 +20,7 @@ mod recovery;
 mod repeat;
 mod rollback;
 mod shadows;
+mod splitting;
 mod tactics;
 mod tag;
 mod tokens;
@@ -91,6 +92,7 @@ fn handlers() -> OpenApiRouter<Shared> {
         .routes(routes!(constraints::constraints, constraints::set_constraints))
         .routes(routes!(recovery::recovery, recovery::set_recovery))
         .routes(routes!(shadows::shadows, shadows::set_shadows))
+        .routes(routes!(splitting::splitting, splitting::set_splitting))
         .routes(routes!(tactics::tactics, tactics::set_chooser))
         .routes(routes!(policies::policies))
         .routes(routes!(policies::policy))

@@ -4,22 +4,21 @@
 //! mean: `max / mean`, 1 when all have the same. `balancedness` is the inverse, from 1 / ranks to 1, as vLLM
 //! defines it. Both are over the ranks of one layer; only then layers are summed up.
 
-use protocol::ids::{ExpertId, RankId};
+use protocol::ids::ExpertId;
 use protocol::placement::Placement;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// Rows of each rank if each expert's rows are split evenly over its replicas, as workers do.
+/// Rows of each rank if each expert's rows are split over its replicas as the placement says, as workers do, and as many come from
+/// each rank.
 pub(crate) fn rank_tokens(placement: &Placement, expert_tokens: &[u64]) -> Vec<f64> {
-    let rank = |rank| {
-        let held = placement.slots_of_rank(RankId(rank)).iter().flatten();
-        let share = |expert: &ExpertId| {
-            let tokens = expert_tokens.get(expert.0 as usize).copied().unwrap_or(0);
-            tokens as f64 / placement.replicas(*expert).len() as f64
-        };
-        held.map(share).sum()
-    };
-    (0..placement.ranks()).map(rank).collect()
+    let mut ranks = vec![0.0; placement.ranks() as usize];
+    for (expert, tokens) in (0..placement.experts()).map(ExpertId).zip(expert_tokens) {
+        for (slot, share) in placement.replicas(expert).iter().zip(placement.shares(expert)) {
+            ranks[placement.rank_of(*slot).0 as usize] += *tokens as f64 * share;
+        }
+    }
+    ranks
 }
 
 /// The busiest rank's rows beside the mean; none without rows.
@@ -61,6 +60,8 @@ impl Balancedness {
 
 #[cfg(test)]
 mod tests {
+    use protocol::placement::Split;
+
     use super::*;
 
     #[test]
@@ -71,6 +72,9 @@ mod tests {
         assert_eq!(tokens, [6.0, 3.0]);
         assert_eq!(max_over_mean(&tokens), Some(6.0 / 4.5));
         assert_eq!(max_over_mean(&[0.0, 0.0]), None);
+        let weights = vec![1, 2, 1, 1];
+        let split = placement.with_split(Split { sources: 1, weights }).unwrap();
+        assert_eq!(rank_tokens(&split, &[6, 1, 2]), [5.0, 4.0]);
     }
 
     #[test]

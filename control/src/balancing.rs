@@ -103,7 +103,7 @@ pub(crate) fn same_as<'a>(
     known.iter().find(|kept| {
         let placements = |proposal: &Proposal| -> Vec<_> {
             let changes = proposal.changes.iter();
-            changes.map(|c| (c.layer, c.epoch, c.phy2log.clone())).collect()
+            changes.map(|c| (c.layer, c.epoch, c.phy2log.clone(), c.split.clone())).collect()
         };
         let stands = match kept.standing(present) {
             Standing::Open => true,

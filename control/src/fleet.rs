@@ -74,6 +74,9 @@ pub(crate) struct Worker {
 /// Version since which workers say what they hold; earlier ones register when they are ready.
 const HOLDS_SINCE: u32 = 2;
 
+/// Version since which workers split tokens as placements say.
+const SPLITS_SINCE: u32 = 6;
+
 /// Whether a worker is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Presence {
@@ -503,6 +506,12 @@ impl Fleet {
         self.groups.get(group)?.values().next().map(|worker| &worker.register)
     }
 
+    /// Whether all workers of a group split tokens as placements say.
+    pub(crate) fn splits(&self, group: &str) -> bool {
+        let mut workers = self.groups.get(group).into_iter().flat_map(BTreeMap::values);
+        workers.all(|worker| worker.register.version >= SPLITS_SINCE)
+    }
+
     /// What a group serves.
     pub(crate) fn model_of(&self, group: &str) -> Option<&ModelInfo> {
         self.register_of(group).map(|register| &register.model)
@@ -714,7 +723,7 @@ pub(crate) mod tests {
             fleet.admit(&other, 0, PATIENCE).unwrap_err().to_string()
         };
         let cases: [(Change, &str); 7] = [
-            (|r| r.version = 9, "session version is 9, expected 1 to 5"),
+            (|r| r.version = 9, "session version is 9, expected 1 to 6"),
             (|r| r.group = "a/b".to_owned(), "the group's name is a/b, expected 1 to 64 letters"),
             (|r| r.ranks = 0, "ranks is 0, expected 1 to 1024"),
             (|r| r.rank = 2, "rank is 2, expected 0 to 1"),

@@ -37,6 +37,7 @@ mod session;
 mod shadow;
 mod shadowing;
 pub mod simulated;
+mod splitting;
 mod state;
 mod store;
 pub mod tls;

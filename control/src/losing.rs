@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use protocol::ids::{ExpertId, RankId};
+use protocol::ids::ExpertId;
 use protocol::placement::Placement;
 
 use crate::balance::max_over_mean;
@@ -23,19 +23,25 @@ pub(crate) struct Loss {
 /// What a layer would be without the ranks `lost`.
 pub(crate) fn without(placement: &Placement, lost: &BTreeSet<u32>, rows: &[u64]) -> Loss {
     let left: Vec<u32> = (0..placement.ranks()).filter(|rank| !lost.contains(rank)).collect();
-    let held = |rank: u32| placement.slots_of_rank(RankId(rank)).iter().flatten();
-    let mut replicas = vec![0_u64; placement.experts() as usize];
-    for expert in left.iter().flat_map(|&rank| held(rank)) {
-        replicas[expert.0 as usize] += 1;
+    let mut of_ranks = vec![0.0; left.len()];
+    let mut gone = Vec::new();
+    for expert in 0..placement.experts() {
+        let of = ExpertId(expert);
+        let replicas = placement.replicas(of).iter().zip(placement.shares(of));
+        let place = |slot| left.iter().position(|rank| *rank == placement.rank_of(slot).0);
+        let stay: Vec<(usize, f64)> =
+            replicas.filter_map(|(slot, share)| Some((place(*slot)?, share))).collect();
+        let whole: f64 = stay.iter().map(|(_, share)| share).sum();
+        let rows = rows.get(expert as usize).copied().unwrap_or(0) as f64;
+        for (place, share) in &stay {
+            // As `kernels::route`: those that stay share what there is as they did, or evenly if they had nothing.
+            let share = if whole > 0.0 { share / whole } else { 1.0 / stay.len() as f64 };
+            of_ranks[*place] += rows * share;
+        }
+        if stay.is_empty() {
+            gone.push(expert);
+        }
     }
-    let numbered = (0..).zip(&replicas);
-    let gone: Vec<u32> =
-        numbered.filter(|(_, count)| **count == 0).map(|(expert, _)| expert).collect();
-    let share = |expert: &ExpertId| {
-        let of = expert.0 as usize;
-        rows.get(of).copied().unwrap_or(0) as f64 / replicas[of] as f64
-    };
-    let of_ranks: Vec<f64> = left.iter().map(|&rank| held(rank).map(share).sum()).collect();
     let slots = left.len() * placement.slots_per_rank() as usize;
     let room = slots >= placement.experts() as usize;
     Loss { gone, room, max_over_mean: max_over_mean(&of_ranks) }

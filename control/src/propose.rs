@@ -16,6 +16,7 @@ use crate::motion::Pace;
 use crate::policies::AskError;
 use crate::proposing::{Origin, Proposal, Question, Unaskable, WINDOWS};
 use crate::registry::ask;
+use crate::splitting::{SplitBy, Splitting, question};
 use crate::state::{State, now_ms};
 use crate::store::StoreError;
 use crate::store::windows::{Of, Part as Loads, Span};
@@ -126,7 +127,49 @@ pub(crate) async fn propose(
     let Pace { bytes_per_second, .. } = state.store.setting(group).await?;
     let minimum_gain = wish.minimum_gain;
     let origin = Origin { group, model: &model, policy, minimum_gain, bytes_per_second };
-    Ok(Proposal::new(origin, &request, &answer, now_ms())?)
+    let proposal = Proposal::new(origin, &request, &answer, now_ms())?;
+    let splitting: Splitting = state.store.setting(group).await?;
+    match &splitting.policy {
+        Some(policy) if state.fleet().splits(group) => {
+            let by = (&policy[..], splitting.settings_text());
+            split(state, group, by, (proposal, &request)).await
+        }
+        _ => Ok(proposal),
+    }
+}
+
+/// Has a routing policy split the tokens of a proposal.
+async fn split(
+    state: &State,
+    group: &str,
+    (policy, settings): (&str, String),
+    (proposal, request): (Proposal, &Request),
+) -> Result<Proposal, ProposeError> {
+    let in_force = {
+        let fleet = state.fleet();
+        let in_force = fleet.in_force(group, now_ms(), state.patience_ms());
+        in_force.ok_or(Unaskable::NothingInForce)?.to_vec()
+    };
+    let asked = Arc::new(question(request, (&proposal.changes, &in_force), &settings));
+    let mut by = SplitBy {
+        policy: policy.to_owned(),
+        policy_digest: String::new(),
+        settings: settings.clone(),
+        explanation: String::new(),
+        problem: None,
+    };
+    match ask(state, group, (policy, settings), &asked).await {
+        Ok((policy, answer)) => {
+            policy.digest().clone_into(&mut by.policy_digest);
+            by.explanation.clone_from(&answer.value.explanation);
+            Ok(proposal.with_splits(by, (request, &in_force), &answer.value))
+        }
+        Err(AskError::Store(error)) => Err(error.into()),
+        Err(error) => {
+            by.problem = Some(error.to_string());
+            Ok(proposal.without_splits(by))
+        }
+    }
 }
 
 /// The digest of a group's model, and what a policy is asked about it.

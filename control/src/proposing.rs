@@ -18,6 +18,7 @@ use utoipa::ToSchema;
 
 use crate::balance::max_over_mean;
 use crate::constraints::Constraints;
+use crate::splitting::{ProposedSplit, SplitBy};
 use crate::store::windows::Load;
 
 /// Windows of each phase that a policy is given.
@@ -207,7 +208,10 @@ pub(crate) struct Proposal {
     /// Steps in which a step's gain adds up to the time that ranks take to copy at the group's pace, if each copies as much.
     #[serde(default)]
     pub(crate) payback_steps: Option<f64>,
-    /// Layers that change, most valuable first.
+    /// Who splits tokens over replicas; absent where that is done evenly.
+    #[serde(default)]
+    pub(crate) split_by: Option<SplitBy>,
+    /// Layers that change, most valuable first; then those that get another split alone.
     pub(crate) changes: Vec<ProposedChange>,
 }
 
@@ -228,6 +232,9 @@ pub(crate) struct ProposedChange {
     pub(crate) moves: Vec<ProposedMove>,
     /// The expert of every slot, rank by rank; -1 is an empty slot.
     pub(crate) phy2log: Vec<i64>,
+    /// How tokens would be split over replicas; null for evenly.
+    #[serde(default)]
+    pub(crate) split: Option<ProposedSplit>,
 }
 
 /// Before and after.
@@ -328,6 +335,7 @@ impl Proposal {
             bytes,
             milliseconds,
             payback_steps,
+            split_by: None,
             changes,
         })
     }
@@ -384,6 +392,7 @@ fn proposed(request: &Request, change: &placer::Change) -> ProposedChange {
         moved: moved(before, &change.placement, request.topology.slots_per_rank as usize) as u64,
         moves: change.moves.iter().map(ProposedMove::from).collect(),
         phy2log: change.placement.iter().map(signed).collect(),
+        split: None,
     }
 }
 

@@ -20,6 +20,7 @@ mod proposals;
 mod raw;
 mod recovery;
 mod shutdown;
+mod splitting;
 mod tactics;
 
 use std::path::{Path, PathBuf};

@@ -57,7 +57,7 @@ fn without_a_file_experts_are_in_order_in_all_slots() {
     let group = group(&control);
     let placed = until_in_force(&control, true);
     let in_order: Vec<u32> = (0..9).chain(8..16).chain([0]).collect();
-    let expected = json!({"epoch": 1, "slots_per_rank": 9, "phy2log": in_order});
+    let expected = json!({"epoch": 1, "slots_per_rank": 9, "phy2log": in_order, "split": null});
     assert_eq!((&placed["layer"], &placed["in_force"]), (&json!(0), &expected));
     assert_eq!((&placed["asked"]["source"], &placed["waiting"]), (&json!("default"), &json!([])));
     serves(&group);

@@ -207,7 +207,8 @@ impl Placements {
 fn slots_of(placed: &LayerPlacement, rank: u32) -> LayerSlots {
     let LayerPlacement { epoch, placement, .. } = placed;
     let experts = placement.slots_of_rank(RankId(rank)).iter();
-    let RoutingTable { replica_start, slots, cumulative } = RoutingTable::even(placement);
+    let RoutingTable { replica_start, slots, cumulative } =
+        RoutingTable::of(placement, RankId(rank));
     LayerSlots {
         epoch: *epoch,
         experts: experts.map(|slot| slot.map(|expert| expert.0)).collect(),

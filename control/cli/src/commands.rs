@@ -11,7 +11,7 @@ use crate::client::{Client, Failed, parameter, path};
 use crate::table::{self, Column};
 use crate::{
     Balancing, Command, Constraints, Decide, Format, Group, Migration, Policy, Propose, Recovery,
-    Rollback, Token,
+    Rollback, Splitting, Token,
 };
 
 /// Asks, and prints the answer: as control gave it for programs, as a table for people.
@@ -88,6 +88,7 @@ pub(crate) fn run(
             let group = shown.group(group)?;
             shown.tactics(&path(&["groups", &group, "tactics"]), policy.zip(reason), settings)
         }
+        Command::Splitting(splitting) => shown.splitting(splitting),
         Command::Policy(policy) => shown.policy(policy),
         Command::Token(token) => shown.token(token),
         Command::Audit { limit } => {
@@ -187,6 +188,7 @@ const PINS: &[Column] =
     &[("LAYER", "/layer"), ("EXPERT", "/expert"), ("RANK", "/rank"), ("PIN", "/kind")];
 const RECOVERY: &[Column] =
     &[("AUTOMATIC", "/recovery/automatic"), ("GRACE S", "/recovery/grace_s")];
+const SPLITTING: &[Column] = &[("POLICY", "/policy"), ("SETTINGS", "/settings")];
 const LOST: &[Column] = &[
     ("LOST RANK", "/rank"),
     ("LAST SEEN MS", "/last_seen_ms"),
@@ -789,6 +791,27 @@ impl<W: Write> Shown<'_, W> {
         let tables = found["tables"].as_array().into_iter().flatten();
         let choices = tables.flat_map(choices_of).collect();
         self.list(&Value::Array(choices), CHOSEN, "nothing was measured: moeplane-worker tune")
+    }
+
+    fn splitting(&mut self, given: Splitting) -> Result<(), Failed> {
+        let Splitting { group, policy, settings, even, reason } = given;
+        let path = path(&["groups", &self.group(group)?, "splitting"]);
+        let found = match reason.filter(|_| even || policy.is_some()) {
+            Some(reason) => {
+                let digest = policy.as_deref().map(|policy| self.digest(policy)).transpose()?;
+                let policy = digest.flatten().or(policy);
+                let splitting = json!({ "policy": policy, "settings": object(settings)? });
+                self.client.put(&path, &json!({ "splitting": splitting, "reason": reason }))?
+            }
+            None => self.client.get(&path)?,
+        };
+        if self.json {
+            return Ok(writeln!(self.out, "{found:#}")?);
+        }
+        if found["policy"].is_null() {
+            return Ok(writeln!(self.out, "tokens are split evenly over replicas")?);
+        }
+        self.list(&Value::Array(vec![found]), SPLITTING, "")
     }
 
     fn policy(&mut self, policy: Policy) -> Result<(), Failed> {

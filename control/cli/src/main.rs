@@ -176,6 +176,8 @@ enum Command {
         #[arg(long)]
         reason: Option<String>,
     },
+    /// Who decides how an expert's tokens are split over its replicas.
+    Splitting(Splitting),
     /// Policies: versions of them, and which are asked.
     #[command(subcommand)]
     Policy(Policy),
@@ -280,6 +282,24 @@ struct Constraints {
     /// Takes a pin away.
     #[arg(long, value_name = "[LAYER:]EXPERT@RANK", requires = "reason")]
     unpin: Vec<String>,
+    /// Kept in the audit log.
+    #[arg(long)]
+    reason: Option<String>,
+}
+
+#[derive(Args)]
+struct Splitting {
+    #[command(flatten)]
+    group: Group,
+    /// Has a routing policy decide, by its name or the digest of a version, whenever something is proposed.
+    #[arg(long, requires = "reason")]
+    policy: Option<String>,
+    /// Its settings, a JSON object.
+    #[arg(long, requires = "policy", default_value = "{}")]
+    settings: String,
+    /// Has tokens split evenly from the next change of a layer on: the default.
+    #[arg(long, requires = "reason", conflicts_with = "policy")]
+    even: bool,
     /// Kept in the audit log.
     #[arg(long)]
     reason: Option<String>,

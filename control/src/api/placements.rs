@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use protocol::message::ServedLayer;
-use protocol::placement::Placement;
+use protocol::placement::{Placement, Split};
 use protocol::session::{LayerPlacement, LayerStaging};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -78,12 +78,27 @@ pub(super) struct PlacedView {
     slots_per_rank: u32,
     /// The expert of every slot, rank by rank; -1 is an empty slot.
     phy2log: Vec<i64>,
+    /// How tokens are split over replicas; null for evenly.
+    split: Option<SplitView>,
+}
+
+/// How tokens are split over replicas.
+#[derive(Serialize, ToSchema)]
+struct SplitView {
+    /// Rows of `weights`: 1, or one for each rank that tokens come from.
+    sources: u32,
+    /// Weight of each replica beside the sum over its expert's, row by row; replicas in the order of experts, then of slots.
+    weights: Vec<u16>,
 }
 
 impl PlacedView {
     fn new(epoch: u64, placement: &Placement) -> Self {
         let (slots_per_rank, phy2log) = (placement.slots_per_rank(), placement.to_phy2log());
-        Self { epoch, slots_per_rank, phy2log }
+        let split = placement.split().map(|split| {
+            let Split { sources, weights } = split.clone();
+            SplitView { sources, weights }
+        });
+        Self { epoch, slots_per_rank, phy2log, split }
     }
 }
 

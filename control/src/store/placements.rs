@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use protocol::message::ServedLayer;
-use protocol::placement::Placement;
+use protocol::placement::{Placement, Split};
 use protocol::session::{LayerPlacement, Register};
 use serde_json::json;
 use sqlx::{FromRow, SqliteConnection};
@@ -13,6 +13,7 @@ use super::{Store, StoreError, signed};
 use crate::placing::{Misfit, PlacementFile, fits, in_order, layer_placement, rooms};
 use crate::proposing::Proposal;
 use crate::recovering::Repaired;
+use crate::splitting::ProposedSplit;
 
 /// What a placement comes from.
 const DEFAULT: &str = "default";
@@ -373,7 +374,12 @@ pub(super) async fn commit_proposal(
     let file = format!("proposal {}", proposal.id);
     for change in &proposal.changes {
         let (layer, epoch) = (change.layer, change.epoch + 1);
-        let placement = layer_placement(&file, of, layer, &change.phy2log)?;
+        let mut placement = layer_placement(&file, of, layer, &change.phy2log)?;
+        if let Some(ProposedSplit { sources, weights, .. }) = &change.split {
+            let split = Split { sources: *sources, weights: weights.clone() };
+            let misfit = |source| Misfit::Layer { file: file.clone(), layer, source };
+            placement = placement.with_split(split).map_err(misfit)?;
+        }
         let placed = LayerPlacement { layer, epoch, placement };
         commit(connection, of, &placed, (Source::Proposal(&proposal.id), now_ms)).await?;
     }

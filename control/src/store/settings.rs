@@ -14,6 +14,7 @@ use crate::constraints::Constraints;
 use crate::motion::Pace;
 use crate::recovering::Recovery;
 use crate::shadowing::Shadows;
+use crate::splitting::Splitting;
 
 /// A setting of a group, which has its default until somebody says otherwise.
 pub(crate) trait Setting: Serialize + DeserializeOwned + Default {
@@ -35,6 +36,10 @@ impl Setting for Constraints {
 
 impl Setting for Recovery {
     const KIND: &str = "recovery";
+}
+
+impl Setting for Splitting {
+    const KIND: &str = "splitting";
 }
 
 impl Setting for Shadows {

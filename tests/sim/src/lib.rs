@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Error, Result, anyhow, bail};
 use control::simulated::Control;
 use kernels::heap::HeapShape;
-use protocol::placement::Placement;
+use protocol::placement::{Placement, Split};
 use protocol::session::{
     EngineState, FromWorker, Heartbeat, LayerPlacement, LayerStaging, Register,
 };
@@ -190,7 +190,13 @@ impl Director<'_, '_> {
         let layer = u32::try_from(self.shared.schedule.below(LAYERS as usize))?;
         let mut random = Random::new(self.shared.schedule.below(1 << 30) as u64);
         let slots = random_placement(EXPERTS as usize, RANKS as usize, SLOTS, &mut random);
-        let placement = Placement::from_phy2log(EXPERTS, RANKS, &slots)?;
+        let mut placement = Placement::from_phy2log(EXPERTS, RANKS, &slots)?;
+        if random.below(2) == 0 {
+            let sources = random.pick(&[1, RANKS]);
+            let replicas = slots.iter().filter(|expert| **expert >= 0).count();
+            let weights = (0..replicas * sources as usize).map(|_| random.pick(&[1, 2, 9]));
+            placement = placement.with_split(Split { sources, weights: weights.collect() })?;
+        }
         let mut world = self.shared.world();
         if world.control_is_up {
             world.control.commit(layer, placement);

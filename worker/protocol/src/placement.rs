@@ -69,17 +69,29 @@ pub enum PlacementError {
         /// The second slot.
         second: SlotId,
     },
-    /// A split that does not have one weight for each replica, or whose weights sum to zero.
-    #[error(
-        "expert {expert} has {replicas} replicas, got split weights {weights:?} (one each, not all 0)"
-    )]
-    Split {
+    /// A split for tokens of neither all ranks alike nor each.
+    #[error("a split has {sources} rows of weights, expected 1, or {ranks}, one for each rank")]
+    SplitSources {
+        /// Rows given.
+        sources: u32,
+        /// Ranks of the group.
+        ranks: u32,
+    },
+    /// A split that does not have one weight for each replica.
+    #[error("a split has {got} weights, expected {expected}, one for each replica in a row")]
+    SplitWeights {
+        /// Weights given.
+        got: usize,
+        /// Rows times replicas.
+        expected: usize,
+    },
+    /// A split that gives an expert's tokens to nobody.
+    #[error("row {row} of a split gives none of the replicas of expert {expert} a weight")]
+    SplitNobody {
+        /// The row.
+        row: u32,
         /// The expert.
         expert: ExpertId,
-        /// Its replicas.
-        replicas: usize,
-        /// The weights given.
-        weights: Vec<u16>,
     },
 }
 
@@ -132,6 +144,18 @@ pub struct Placement {
     expert_of_slot: Vec<Option<ExpertId>>,
     /// Slots of each expert, ascending: the order of replicas in a [`RoutingTable`].
     slots_of_expert: Vec<Vec<SlotId>>,
+    /// How tokens are split over replicas; none for evenly.
+    split: Option<Split>,
+}
+
+/// How an expert's tokens are split over its replicas.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Split {
+    /// Rows of `weights`: 1, the same split for tokens of every rank, or one for each rank that tokens come from.
+    pub sources: u32,
+    /// Weight of each replica beside the sum over its expert's, `[sources, replicas]`. Replicas are in the order of experts,
+    /// then of slots. Those of an expert are not all 0 in a row.
+    pub weights: Vec<u16>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -139,13 +163,19 @@ struct PlacementWire {
     ranks: u32,
     experts: u32,
     expert_of_slot: Vec<Option<ExpertId>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    split: Option<Split>,
 }
 
 impl TryFrom<PlacementWire> for Placement {
     type Error = PlacementError;
 
     fn try_from(wire: PlacementWire) -> Result<Self, PlacementError> {
-        Self::new(wire.experts, wire.ranks, wire.expert_of_slot)
+        let placement = Self::new(wire.experts, wire.ranks, wire.expert_of_slot)?;
+        match wire.split {
+            Some(split) => placement.with_split(split),
+            None => Ok(placement),
+        }
     }
 }
 
@@ -155,6 +185,7 @@ impl From<Placement> for PlacementWire {
             ranks: placement.ranks,
             experts: placement.experts,
             expert_of_slot: placement.expert_of_slot,
+            split: placement.split,
         }
     }
 }
@@ -195,7 +226,7 @@ impl Placement {
         if let Some(expert) = (0..).zip(&slots_of_expert).find(|(_, s)| s.is_empty()) {
             return Err(PlacementError::Lost { expert: ExpertId(expert.0) });
         }
-        Ok(Self { ranks, experts, expert_of_slot, slots_of_expert })
+        Ok(Self { ranks, experts, expert_of_slot, slots_of_expert, split: None })
     }
 
     /// Experts in order over the ranks, `experts / ranks` rounded up on each (empty slots where they
@@ -252,6 +283,67 @@ impl Placement {
     #[must_use]
     pub fn to_phy2log(&self) -> Vec<i64> {
         self.expert_of_slot.iter().map(|slot| slot.map_or(-1, |e| i64::from(e.0))).collect()
+    }
+
+    /// The same slots with another split. One that is even is none.
+    ///
+    /// # Errors
+    /// [`PlacementError::SplitSources`], [`PlacementError::SplitWeights`], [`PlacementError::SplitNobody`].
+    pub fn with_split(mut self, split: Split) -> Result<Self, PlacementError> {
+        let Split { sources, weights } = &split;
+        let (sources, ranks) = (*sources, self.ranks);
+        if sources != 1 && sources != ranks {
+            return Err(PlacementError::SplitSources { sources, ranks });
+        }
+        let replicas: usize = self.slots_of_expert.iter().map(Vec::len).sum();
+        let (got, expected) = (weights.len(), replicas * sources as usize);
+        if got != expected {
+            return Err(PlacementError::SplitWeights { got, expected });
+        }
+        let mut even = true;
+        for (row, mut rest) in (0..).zip(weights.chunks(replicas)) {
+            for (expert, slots) in (0..).map(ExpertId).zip(&self.slots_of_expert) {
+                let (own, others) = rest.split_at(slots.len());
+                if own.iter().all(|&weight| weight == 0) {
+                    return Err(PlacementError::SplitNobody { row, expert });
+                }
+                even &= own.iter().all(|weight| *weight == own[0]);
+                rest = others;
+            }
+        }
+        self.split = (!even).then_some(split);
+        Ok(self)
+    }
+
+    /// How tokens are split over replicas; none for evenly.
+    #[must_use]
+    pub fn split(&self) -> Option<&Split> {
+        self.split.as_ref()
+    }
+
+    /// Which part of an expert's tokens goes to each of its replicas, in the order of [`Self::replicas`], if as many come from
+    /// each rank; 1 altogether.
+    #[must_use]
+    pub fn shares(&self, expert: ExpertId) -> Vec<f64> {
+        let count = self.replicas(expert).len();
+        let Some(Split { sources, weights }) = &self.split else {
+            return vec![1.0 / count as f64; count];
+        };
+        let (first, replicas) = (self.first_replica(expert), weights.len() / *sources as usize);
+        let mut shares = vec![0.0; count];
+        for row in weights.chunks(replicas) {
+            let own = &row[first..first + count];
+            let sum: u64 = own.iter().map(|&weight| u64::from(weight)).sum();
+            for (share, weight) in shares.iter_mut().zip(own) {
+                *share += f64::from(*weight) / sum.max(1) as f64 / f64::from(*sources);
+            }
+        }
+        shares
+    }
+
+    /// Replicas of all experts before `expert`.
+    fn first_replica(&self, expert: ExpertId) -> usize {
+        self.slots_of_expert.iter().take(expert.0 as usize).map(Vec::len).sum()
     }
 
     /// Ranks of the group.
@@ -318,38 +410,23 @@ pub struct RoutingTable {
 }
 
 impl RoutingTable {
-    /// Every replica of an expert gets the same share.
+    /// For tokens that come from the rank `source`.
     #[must_use]
-    pub fn even(placement: &Placement) -> Self {
-        let weights = placement.slots_of_expert.iter().map(|slots| vec![1; slots.len()]);
-        Self::build(placement, weights)
-    }
-
-    /// `split[expert]` has one weight for each replica, in the order of [`Placement::replicas`].
-    ///
-    /// # Errors
-    /// [`PlacementError::Split`] when a row has another length or sums to zero,
-    /// [`PlacementError::Lost`] when an expert's row is missing.
-    pub fn weighted(placement: &Placement, split: &[Vec<u16>]) -> Result<Self, PlacementError> {
-        for expert in (0..placement.experts).map(ExpertId) {
-            let Some(weights) = split.get(expert.0 as usize) else {
-                return Err(PlacementError::Lost { expert });
-            };
-            let replicas = placement.replicas(expert).len();
-            if weights.len() != replicas || weights.iter().all(|&w| w == 0) {
-                let weights = weights.clone();
-                return Err(PlacementError::Split { expert, replicas, weights });
-            }
-        }
-        Ok(Self::build(placement, split.iter().cloned()))
-    }
-
-    fn build(placement: &Placement, weights: impl Iterator<Item = Vec<u16>>) -> Self {
+    pub fn of(placement: &Placement, source: RankId) -> Self {
         let mut table = Self { replica_start: vec![0], slots: Vec::new(), cumulative: Vec::new() };
-        for (slots, weights) in placement.slots_of_expert.iter().zip(weights) {
-            let total: u64 = weights.iter().map(|&w| u64::from(w)).sum();
+        let replicas: usize = placement.slots_of_expert.iter().map(Vec::len).sum();
+        let even = vec![1; replicas];
+        let row = placement.split.as_ref().and_then(|Split { sources, weights }| {
+            let row = if *sources == 1 { 0 } else { source.0 as usize };
+            weights.chunks(replicas).nth(row)
+        });
+        let mut rest = row.unwrap_or(&even);
+        for slots in &placement.slots_of_expert {
+            let (own, others) = rest.split_at(slots.len());
+            rest = others;
+            let total: u64 = own.iter().map(|&weight| u64::from(weight)).sum();
             let mut sum = 0_u64;
-            for (slot, weight) in slots.iter().zip(&weights) {
+            for (slot, weight) in slots.iter().zip(own) {
                 sum += u64::from(*weight);
                 table.slots.push(slot.0);
                 let share = sum * u64::from(u16::MAX) / total.max(1);
@@ -432,16 +509,48 @@ mod tests {
         }
     }
 
+    /// Experts 0 and 1 on two ranks, the first on both.
+    fn replicated() -> Placement {
+        Placement::new(2, 2, slots(&[0, 1, 0, -1])).unwrap()
+    }
+
+    fn with_split(sources: u32, weights: &[u16]) -> Result<Placement, PlacementError> {
+        replicated().with_split(Split { sources, weights: weights.to_vec() })
+    }
+
     #[test]
     fn split_weights_become_cumulative_shares() {
-        let p = Placement::new(2, 2, slots(&[0, 1, 0, -1])).unwrap();
-        let even = RoutingTable::even(&p);
+        let of = |placement: &Placement, rank| RoutingTable::of(placement, RankId(rank));
+        let even = of(&replicated(), 0);
         assert_eq!(even.replica_start, [0, 2, 3]);
         assert_eq!(even.slots, [0, 2, 1]);
         assert_eq!(even.cumulative, [32767, 65535, 65535]);
-        let skewed = RoutingTable::weighted(&p, &[vec![3, 1], vec![9]]).unwrap();
-        assert_eq!(skewed.cumulative, [49151, 65535, 65535]);
-        assert!(RoutingTable::weighted(&p, &[vec![3], vec![9]]).is_err());
-        assert!(RoutingTable::weighted(&p, &[vec![0, 0], vec![9]]).is_err());
+        assert_eq!(replicated().shares(ExpertId(0)), [0.5, 0.5]);
+        let skewed = with_split(1, &[3, 1, 9]).unwrap();
+        for rank in [0, 1] {
+            assert_eq!(of(&skewed, rank).cumulative, [49151, 65535, 65535]);
+        }
+        assert_eq!(skewed.shares(ExpertId(0)), [0.75, 0.25]);
+        assert_eq!(skewed.shares(ExpertId(1)), [1.0]);
+        // Each rank keeps what it can.
+        let near = with_split(2, &[1, 0, 9, 0, 1, 9]).unwrap();
+        assert_eq!(of(&near, 0).cumulative, [65535, 65535, 65535]);
+        assert_eq!(of(&near, 1).cumulative, [0, 65535, 65535]);
+        assert_eq!(near.shares(ExpertId(0)), [0.5, 0.5]);
+        let json = serde_json::to_string(&near).unwrap();
+        assert_eq!(serde_json::from_str::<Placement>(&json).unwrap(), near);
+    }
+
+    #[test]
+    fn splits_that_cannot_be_are_refused_and_an_even_one_is_none() {
+        assert_eq!(with_split(2, &[4, 4, 1, 2, 2, 7]).unwrap(), replicated());
+        let refused = |sources, weights: &[u16]| with_split(sources, weights).unwrap_err();
+        assert_eq!(refused(3, &[1; 9]), PlacementError::SplitSources { sources: 3, ranks: 2 });
+        assert_eq!(refused(2, &[1; 5]), PlacementError::SplitWeights { got: 5, expected: 6 });
+        let nobody = PlacementError::SplitNobody { row: 1, expert: ExpertId(0) };
+        assert_eq!(refused(2, &[1, 1, 1, 0, 0, 1]), nobody);
+        let bad = serde_json::to_string(&with_split(1, &[3, 1, 9]).unwrap()).unwrap();
+        let bad = bad.replace("[3,1,9]", "[3,1]");
+        assert!(serde_json::from_str::<Placement>(&bad).is_err());
     }
 }

@@ -40,8 +40,9 @@ use crate::tactics::{Choice, Tactics};
 
 /// Version of these messages. Since 2, a worker may ask for a placement and
 /// says what it holds, and control may say `Close`; since 3, placements may change while calls go on;
-/// since 4, control says how fast; since 5, it chooses tactics.
-pub const SESSION_VERSION: u32 = 5;
+/// since 4, control says how fast; since 5, it chooses tactics;
+/// since 6, placements say how tokens are split over replicas.
+pub const SESSION_VERSION: u32 = 6;
 
 /// The oldest version that control accepts. A worker is told nothing that its
 /// version does not know.
