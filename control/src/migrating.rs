@@ -59,24 +59,42 @@ impl RankLayer {
 
 /// Two ranks that have an expert of a layer, and not the same of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("expert {expert} is not the same on rank {second} as on rank {first}")]
-pub(crate) struct Disagreement {
-    pub(crate) expert: u32,
-    pub(crate) first: u32,
-    pub(crate) second: u32,
+pub(crate) enum Disagreement {
+    #[error("expert {expert} is not the same on rank {second} as on rank {first}")]
+    Weights { expert: u32, first: u32, second: u32 },
+    #[error("expert {expert} answers the canary otherwise on rank {second} than on rank {first}")]
+    Canary { expert: u32, first: u32, second: u32 },
 }
 
-/// Whether ranks that have staged `epoch` disagree about what an expert is.
+impl Disagreement {
+    /// The later rank.
+    pub(crate) fn second(&self) -> u32 {
+        match *self {
+            Self::Weights { second, .. } | Self::Canary { second, .. } => second,
+        }
+    }
+}
+
+/// Whether ranks that have staged `epoch` disagree about what an expert is, or about what it answers.
 pub(crate) fn disagreement(ranks: &[RankLayer], epoch: u64) -> Option<Disagreement> {
+    let staged = ranks.iter().filter_map(|of| Some((of.rank, of.to(epoch)?)));
+    let weights = differing(staged.clone().map(|(rank, s)| (rank, &s.digests[..])));
+    if let Some((expert, first, second)) = weights {
+        return Some(Disagreement::Weights { expert, first, second });
+    }
+    let (expert, first, second) = differing(staged.map(|(rank, s)| (rank, &s.canaries[..])))?;
+    Some(Disagreement::Canary { expert, first, second })
+}
+
+/// The first expert of which two ranks say something else, and these.
+fn differing<'a>(said: impl Iterator<Item = (u32, &'a [(u32, u64)])>) -> Option<(u32, u32, u32)> {
     let mut known: BTreeMap<u32, (u32, u64)> = BTreeMap::new();
-    let staged = ranks.iter().filter_map(|of| Some((of.rank, of.staging.as_ref()?)));
-    let of_epoch = staged.filter(|(_, staging)| staging.epoch == epoch);
-    let digests =
-        of_epoch.flat_map(|(rank, staging)| staging.digests.iter().map(move |d| (rank, d)));
-    for (second, &(expert, digest)) in digests {
-        let (first, before) = *known.entry(expert).or_insert((second, digest));
-        if before != digest {
-            return Some(Disagreement { expert, first, second });
+    for (second, of_experts) in said {
+        for &(expert, digest) in of_experts {
+            let (first, before) = *known.entry(expert).or_insert((second, digest));
+            if before != digest {
+                return Some((expert, first, second));
+            }
         }
     }
     None
@@ -193,12 +211,22 @@ mod tests {
         let other = [has(&[(0, 7), (1, 8)]), has(&[(1, 9), (2, 5)])];
         assert_eq!(told(&other, &[2]), none);
         let found = disagreement(&numbered(&other), 2).unwrap();
-        assert_eq!(found, Disagreement { expert: 1, first: 0, second: 1 });
+        assert_eq!(found, Disagreement::Weights { expert: 1, first: 0, second: 1 });
         assert_eq!(found.to_string(), "expert 1 is not the same on rank 1 as on rank 0");
         let same = [has(&[(0, 7), (1, 8)]), has(&[(1, 8), (2, 5)])];
         assert_eq!(told(&same, &[2]), ["0 ready 2", "1 ready 2"]);
         // Another may take its place.
         assert_eq!(told(&other, &[3, 2]), ["0 stage 3", "1 stage 3"]);
+        // The same weights, and other answers.
+        let mut answers = same;
+        answers[0].staging.as_mut().unwrap().canaries = vec![(1, 3), (0, 2)];
+        answers[1].staging.as_mut().unwrap().canaries = vec![(1, 4), (2, 9)];
+        assert_eq!(told(&answers, &[2]), none);
+        let found = disagreement(&numbered(&answers), 2).unwrap();
+        assert_eq!(
+            found.to_string(),
+            "expert 1 answers the canary otherwise on rank 1 than on rank 0"
+        );
     }
 
     #[test]

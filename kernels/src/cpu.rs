@@ -2,6 +2,7 @@
 //! whose steps are in `dispatch`, `compute` and `combine`.
 
 mod activate;
+mod canary;
 mod combine;
 mod compute;
 mod dispatch;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+pub use self::canary::CanaryError;
 pub use self::slots::{StageError, Staged, Stager};
 pub use self::tactic::{CpuTactic, Isa, UnknownIsa, UnknownTactic, Why};
 

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kernels::checkpoint::Checkpoint;
-use kernels::cpu::{CpuDevice, StageError, Staged, Stager};
+use kernels::cpu::{CanaryError, CpuDevice, StageError, Staged, Stager};
 use kernels::device::{Device, LoadError};
 use protocol::session::{FromControl, LayerPlacement, LayerStaging};
 
@@ -32,6 +32,8 @@ enum OrderError {
     Fit(String),
     #[error("an expert cannot be derived: {0}")]
     Load(#[from] LoadError),
+    #[error("the canary is not answered: {0}")]
+    Canary(#[from] CanaryError),
     #[error("the thread that stages is busy or gone")]
     Busy,
 }
@@ -52,6 +54,13 @@ impl Progress {
     }
 }
 
+/// By what ranks see whether they have the same of each expert: what it is in memory, and what it answers.
+#[derive(Debug, Clone, Default)]
+struct Checks {
+    digests: Vec<(u32, u64)>,
+    canaries: Vec<(u32, u64)>,
+}
+
 /// Something to derive, while somebody waits for it.
 pub(crate) struct Job {
     epoch: u64,
@@ -63,8 +72,8 @@ pub(crate) struct Job {
 struct Done {
     layer: u32,
     epoch: u64,
-    staged: Result<Option<Staged>, LoadError>,
-    digests: Vec<(u32, u64)>,
+    staged: Result<Option<Staged>, OrderError>,
+    checks: Checks,
 }
 
 /// A layer for which another placement is on its way.
@@ -74,7 +83,7 @@ struct Pending {
     progress: Arc<Progress>,
     staged: bool,
     ready: bool,
-    digests: Vec<(u32, u64)>,
+    checks: Checks,
     /// Why it does not come to be, and when that was found.
     problem: Option<(String, Instant)>,
 }
@@ -228,10 +237,10 @@ impl Migrate {
         device.drop_staged(layer)?;
         let progress = Arc::new(Progress::default());
         let waits = Arc::downgrade(&progress);
-        let (staged, ready, digests, problem) = (false, false, Vec::new(), None);
+        let (staged, ready, checks, problem) = (false, false, Checks::default(), None);
         let wanted = self.placements.slots_with(&placement, self.rank);
         let pending =
-            Pending { placement, progress: Arc::clone(&progress), staged, ready, digests, problem };
+            Pending { placement, progress: Arc::clone(&progress), staged, ready, checks, problem };
         self.pending.insert(layer, pending);
         let wanted = wanted.map_err(|error| {
             let source = error.source().map_or_else(String::new, |source| format!(": {source}"));
@@ -253,7 +262,7 @@ impl Migrate {
         let device = device.placed().ok_or(OrderError::Device)?;
         let Some(staged) = done.staged? else { return Ok(()) };
         device.take_staged(staged)?;
-        (pending.staged, pending.digests) = (true, done.digests);
+        (pending.staged, pending.checks) = (true, done.checks);
         Ok(())
     }
 
@@ -277,7 +286,8 @@ impl Migrate {
             bytes: pending.progress.bytes.load(Ordering::Relaxed),
             staged: pending.staged,
             ready: pending.ready,
-            digests: pending.digests.clone(),
+            digests: pending.checks.digests.clone(),
+            canaries: pending.checks.canaries.clone(),
             problem: pending.problem.as_ref().map(|(problem, _)| problem.clone()),
         };
         let throttle = self.throttle.load(Ordering::Relaxed);
@@ -320,12 +330,13 @@ impl Stage {
         while stager.left() > 0 {
             let Some(progress) = progress.upgrade().filter(|progress| self.rest(progress)) else {
                 tracing::info!(layer, epoch, "a placement is not wanted any more");
-                return Done { layer, epoch, staged: Ok(None), digests: Vec::new() };
+                return Done { layer, epoch, staged: Ok(None), checks: Checks::default() };
             };
             match stager.step(&self.checkpoint) {
                 Ok(bytes) => self.owed += bytes.unwrap_or(0) as f64,
                 Err(error) => {
-                    return Done { layer, epoch, staged: Err(error), digests: Vec::new() };
+                    let (staged, checks) = (Err(error.into()), Checks::default());
+                    return Done { layer, epoch, staged, checks };
                 }
             }
             progress.set(&stager);
@@ -334,7 +345,12 @@ impl Stage {
                 self.bell.ring();
             }
         }
-        Done { layer, epoch, staged: Ok(stager.staged()), digests: stager.digests() }
+        let digests = stager.digests();
+        let (staged, checks) = match stager.canaries() {
+            Ok(canaries) => (Ok(stager.staged()), Checks { digests, canaries }),
+            Err(error) => (Err(error.into()), Checks::default()),
+        };
+        Done { layer, epoch, staged, checks }
     }
 
     /// Waits until more may be derived; false once nobody but this thread knows of `progress`.

@@ -63,7 +63,7 @@ impl MovingView {
     /// `all` ranks may not have the same of an expert.
     pub(super) fn new(rank: u32, staging: &LayerStaging, all: &[RankLayer]) -> Self {
         let LayerStaging { epoch, left, bytes, bytes_left, staged, ready, .. } = *staging;
-        let differs = disagreement(all, epoch).filter(|differs| differs.second == rank);
+        let differs = disagreement(all, epoch).filter(|differs| differs.second() == rank);
         let problem = staging.problem.clone().or(differs.map(|differs| differs.to_string()));
         Self { rank, epoch, left, bytes, bytes_left, staged, ready, problem }
     }

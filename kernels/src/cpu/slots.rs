@@ -6,12 +6,14 @@
 //! are ready, and all flip after the first call in which all are (`crate::group`). What was in force before is kept until
 //! all ranks have called without it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::canary::{Canary, CanaryError};
 use super::layout;
+use super::tactic::{CpuTactic, Isa};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::device::{DeviceError, LayerSlots, LoadError};
 use crate::expert::RawScalars;
@@ -26,6 +28,8 @@ pub(super) struct Slot {
     pub(super) scalars: RawScalars,
     /// XXH3 of the bytes as they lie in memory, and of the scalars: equal wherever the expert is.
     digest: u64,
+    /// What it answers to the canary, once somebody has asked.
+    canary: OnceLock<u64>,
 }
 
 impl Slot {
@@ -50,7 +54,7 @@ impl Slot {
         for scalar in scalars.weight_scale_2.into_iter().chain(scalars.in2) {
             digest.update(&scalar.to_bits().to_le_bytes());
         }
-        Ok(Self { expert, bytes, scalars, digest: digest.digest() })
+        Ok(Self { expert, bytes, scalars, digest: digest.digest(), canary: OnceLock::new() })
     }
 }
 
@@ -84,9 +88,9 @@ pub(super) struct Layer {
     pub(super) scaled: bool,
     pub(super) held: Held,
     /// What is staged, and whether it is to be in force.
-    next: Option<(Held, bool)>,
+    pub(super) next: Option<(Held, bool)>,
     /// What was in force before, until all ranks have called without it.
-    last: Option<Held>,
+    pub(super) last: Option<Held>,
 }
 
 impl Layer {
@@ -94,6 +98,14 @@ impl Layer {
     pub(super) fn new(checkpoint: &Checkpoint, position: usize, held: Held) -> Self {
         let layer = &checkpoint.layers()[position];
         let (number, shape, in13, scaled) = (layer.number, layer.shape, layer.in13, layer.scaled);
+        Self { number, shape, in13, scaled, held, next: None, last: None }
+    }
+
+    /// The same layer with no slots at all.
+    fn without_slots(&self) -> Self {
+        let Self { number, shape, in13, scaled, .. } = *self;
+        let route = RouteTable::identity(0);
+        let held = Held { epoch: 0, route, slots: Vec::new() };
         Self { number, shape, in13, scaled, held, next: None, last: None }
     }
 
@@ -184,6 +196,7 @@ pub struct Stager {
     have: Vec<Arc<Slot>>,
     /// Experts that are not.
     lacking: Vec<u32>,
+    canary: Canary,
 }
 
 /// A placement that is staged and not yet at hand.
@@ -196,10 +209,12 @@ pub struct Staged {
 impl Stager {
     pub(super) fn new(
         layer: &Layer,
+        (isa, tactic): (Isa, Option<CpuTactic>),
         position: usize,
         wanted: LayerSlots,
     ) -> Result<Self, StageError> {
         let number = layer.number;
+        let canary = Canary { isa, tactic, layer: layer.without_slots() };
         let (got, expected) = (wanted.experts.len(), layer.held.slots.len());
         if got != expected {
             return Err(StageError::Slots { layer: number, got, expected });
@@ -210,7 +225,7 @@ impl Stager {
         let lacking = wanted.experts.iter().flatten().filter(|expert| !known(expert));
         let lacking = lacking.rev().copied().collect();
         let expert_bytes = layout::expert_bytes(&layer.shape);
-        Ok(Self { layer: number, position, expert_bytes, wanted, have, lacking })
+        Ok(Self { layer: number, position, expert_bytes, wanted, have, lacking, canary })
     }
 
     /// The layer.
@@ -253,6 +268,22 @@ impl Stager {
         all
     }
 
+    /// The same experts, with what each answers to one token that is the same everywhere: equal on all ranks.
+    ///
+    /// # Errors
+    /// [`CanaryError`].
+    pub fn canaries(&self) -> Result<Vec<(u32, u64)>, CanaryError> {
+        let mut slots = self.have.clone();
+        slots.sort_by_key(|slot| slot.expert);
+        slots.dedup_by_key(|slot| slot.expert);
+        let unasked = slots.iter().filter(|slot| slot.canary.get().is_none());
+        let unasked: Vec<Arc<Slot>> = unasked.cloned().collect();
+        for (slot, answer) in unasked.iter().zip(self.canary.answers(&unasked)?) {
+            slot.canary.get_or_init(|| answer);
+        }
+        Ok(slots.iter().filter_map(|slot| Some((slot.expert, *slot.canary.get()?))).collect())
+    }
+
     /// What is staged; none while an expert is still to be derived.
     #[must_use]
     pub fn staged(&self) -> Option<Staged> {
@@ -279,7 +310,7 @@ impl super::CpuDevice {
     /// [`StageError`].
     pub fn stager(&self, layer: u32, wanted: LayerSlots) -> Result<Stager, StageError> {
         let position = self.position(layer).ok_or(StageError::Layer { layer })?;
-        Stager::new(&self.layers[position], position, wanted)
+        Stager::new(&self.layers[position], (self.isa, self.tactic), position, wanted)
     }
 
     /// Has a staged placement at hand, in place of any that was.

@@ -364,7 +364,7 @@ fn epochs(held: &[LayerPlacement]) -> BTreeMap<u32, u64> {
 
 fn without_digests(message: FromWorker) -> FromWorker {
     let FromWorker::Staging { layers, bytes_per_second } = message else { return message };
-    let without = |staging| LayerStaging { digests: Vec::new(), ..staging };
+    let without = |staging| LayerStaging { digests: Vec::new(), canaries: Vec::new(), ..staging };
     FromWorker::Staging { layers: layers.into_iter().map(without).collect(), bytes_per_second }
 }
 

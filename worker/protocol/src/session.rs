@@ -206,6 +206,9 @@ pub struct LayerStaging {
     /// ranks, or somebody has other weights.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub digests: Vec<(u32, u64)>,
+    /// The same experts, with a digest of what each answers to one token that is the same on all ranks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub canaries: Vec<(u32, u64)>,
     /// Why it does not come to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,

@@ -228,6 +228,17 @@ fn what_cannot_be_staged_is_said_and_memory_is_given_back() {
     assert_eq!((digests.len(), others.len()), (8, 12));
     assert_eq!(digests[..6], others[..6]);
     assert!(digests.windows(2).all(|pair| pair[0].1 != pair[1].1));
+    // Nor does what it answers, by whatever instructions.
+    let portable = CpuOptions { threads: 1, isa: Some(Isa::Scalar), tactic: None };
+    let mut plain = CpuSlots::new(portable).unwrap();
+    plain.load(&checkpoint(), 0, slots_of(0, 1, &placement(2))).unwrap();
+    let heap = ShmHeap::alone(HeapShape { ranks: 1, max_tokens: 1, max_pairs: 1, hidden: 32 });
+    let plain = CpuDevice::new(plain, Group::new(Arc::new(heap.unwrap()), Duration::MAX));
+    let plain = plain.stager(0, wanted(2, 2)).unwrap().canaries().unwrap();
+    let [canaries, others] = [stager.canaries().unwrap(), other.canaries().unwrap()];
+    assert_eq!((canaries.len(), others.len(), plain.len()), (8, 12, 6));
+    assert_eq!((&canaries[..6], &canaries[2..]), (&others[..6], &plain[..]));
+    assert!(canaries.windows(2).all(|pair| pair[0].1 != pair[1].1));
     device.take_staged(stager.staged().unwrap()).unwrap();
     assert_eq!(device.resident_bytes(), 8 * slot);
     device.drop_staged(0).unwrap();
