@@ -115,6 +115,7 @@ struct Draft {
 struct Tickets {
     u32 jobs;
     u32 ticket;  // lane 0
+    bool given_up = false;
     Draft next;
     SmallCall small;
     __device__ Tickets(const Params& p, u32 lane) : ticket(blockIdx.x) {
@@ -122,9 +123,9 @@ struct Tickets {
             small.sort(p, lane);
             jobs = small.jobs();
         } else {
-            while (load_acquire(&p.control[ROUTED]) != p.call) {}
-            __syncwarp();
-            jobs = p.control[JOBS];
+            auto routed = [&] { return load_acquire(&p.control[ROUTED]) == p.call; };
+            const bool there = wait_for(p, ORDER, 0, routed);
+            jobs = __all_sync(~0u, there) ? p.control[JOBS] : 0;
         }
         next = draft(p, ticket, lane);
     }
@@ -197,9 +198,10 @@ __device__ inline void fill(const Params& p, Ring& ring, Cursor& at, Tickets& ti
         at.advance();
         if (n + 1 < early) continue;
         if (n + 1 == early && task.phase == 1) {
-            while (load_acquire(&p.counters[task.job]) < tiles_of(p, 0)) {}
+            auto done = [&] { return load_acquire(&p.counters[task.job]) >= tiles_of(p, 0); };
+            const bool there = wait_for(p, GATE_UP, task.expert, done);
             proxy_fence();
-            __syncwarp();
+            if (!__all_sync(~0u, there)) tickets.given_up = true;
         }
         for (u32 k = n + 1 == early ? 0 : n; k <= n; ++k) {
             if (lane < task.count)
@@ -214,7 +216,7 @@ __device__ inline void fill(const Params& p, Ring& ring, Cursor& at, Tickets& ti
 __device__ inline void produce(const Params& p, Ring& ring, u32 lane) {
     Cursor at;
     Tickets tickets(p, lane);
-    while (tickets.next.task.phase != 2) fill(p, ring, at, tickets, lane);
+    while (tickets.next.task.phase != 2 && !tickets.given_up) fill(p, ring, at, tickets, lane);
     barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
     if (lane == 0) {
         ring.tasks[at.slot].task.phase = 2;
@@ -376,7 +378,7 @@ struct Announcement {
     __device__ void make(const Params& p, u32 lane) {
         if (job == NONE) return;
         __syncwarp();
-        if (lane == 0) add_release(&p.counters[job], 1);
+        if (lane == 0 && WITHHELD != GATE_UP) add_release(&p.counters[job], 1);
         job = NONE;
     }
 };
@@ -441,10 +443,10 @@ __device__ inline void run_task(const Params& p, Ring& ring, u32 memory, Cursor&
 __device__ inline void combine_together(const Params& p, u32 warp, u32 lane) {
     const bool first = warp == 0 && lane == 0;
     maths_sync(MATHS_WARPS * 32);
-    if (first) add_release(&p.control[FINISHED], 1);
+    if (first && WITHHELD != OTHERS) add_release(&p.control[FINISHED], 1);
     if (blockIdx.x * 32 >= combine_steps(p)) return;
-    if (first)
-        while (load_acquire(&p.control[FINISHED]) < gridDim.x) {}
+    auto finished = [&] { return load_acquire(&p.control[FINISHED]) >= gridDim.x; };
+    if (first) wait_for(p, OTHERS, 0, finished);
     maths_sync(MATHS_WARPS * 32);
     combine_share(p, (warp * gridDim.x + blockIdx.x) * 32 + lane, gridDim.x * MATHS_WARPS * 32);
 }
@@ -453,7 +455,8 @@ __device__ inline void combine_together(const Params& p, u32 warp, u32 lane) {
 // looks at words of control any more.
 __device__ inline void leave(const Params& p) {
     if (atomicAdd(&p.control[LEFT], 1u) != gridDim.x - 1) return;
-    p.control[TICKETS] = p.control[FINISHED] = p.control[LEFT] = 0;
+    *p.status = load_acquire(&p.control[EXPIRED]);
+    p.control[TICKETS] = p.control[FINISHED] = p.control[LEFT] = p.control[EXPIRED] = 0;
     for (u32 job = 0; job < SMALL_PLACES; ++job) p.control[COUNTERS + job] = 0;
 }
 

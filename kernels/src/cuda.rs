@@ -118,6 +118,48 @@ pub struct CudaOptions {
     pub every_lane_arrives: bool,
     /// One tactic for every call; by default each call gets one by its tokens.
     pub tactic: Option<CudaTactic>,
+    /// For how long a block of a launch waits for something that others do; twice as long for the end of all that they do.
+    pub deadline: Duration,
+    /// Something that launches never say, to see that whoever waits for it gives up.
+    pub withheld: Option<Awaited>,
+}
+
+impl CudaOptions {
+    /// What a worker uses, on a GPU and with a folder of compiled code.
+    #[must_use]
+    pub fn new(gpu: usize, cache: PathBuf) -> Self {
+        let (deadline, every_lane_arrives) = (DEADLINE, false);
+        Self { gpu, cache, every_lane_arrives, tactic: None, deadline, withheld: None }
+    }
+}
+
+/// What a block of a launch waits for others for; the twin of `kernels/cuda/stage/wait.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awaited {
+    /// The order of the call's pairs.
+    Order = 1,
+    /// FC1 of an expert.
+    GateUp = 2,
+    /// The end of all other blocks' work.
+    Others = 3,
+}
+
+/// For how long a block waits, which the slowest call does not come near.
+const DEADLINE: Duration = Duration::from_secs(2);
+
+/// Bytes before the output: the status of a call, and room so that rows are aligned.
+const STATUS_BYTES: usize = 128;
+
+/// Why a launch gave up, by its status word; none if it did not.
+fn given_up(status: u32) -> Option<String> {
+    let expert = status >> 4;
+    match status & 0xf {
+        0 => None,
+        1 => Some("the order of the call's pairs".to_owned()),
+        2 => Some(format!("FC1 of expert {expert}")),
+        3 => Some("the end of other blocks' work".to_owned()),
+        other => Some(format!("what it calls {other}")),
+    }
 }
 
 /// Compiles the device code with NVRTC, which needs no GPU, and says what became of its kernels.
@@ -201,6 +243,14 @@ pub enum CudaError {
         call: &'static str,
         /// What the compiler says.
         error: NvrtcError,
+    },
+    /// A launch in which a block waited for others for too long. The GPU can be used further.
+    #[error("a launch gave up, with a deadline of {ms} ms: {awaited} did not come")]
+    Expired {
+        /// What was waited for.
+        awaited: String,
+        /// [`CudaOptions::deadline`].
+        ms: u128,
     },
     /// Device code that does not compile.
     #[error("the device code does not compile ({error}): {log}")]
@@ -346,6 +396,7 @@ struct Workspace {
     pinned: Pinned,
     /// Calls so far, never 0 in a launch.
     calls: u32,
+    deadline: Duration,
 }
 
 /// Pairs for each expert of a layer from which tiles are narrow, and from which they are wide.
@@ -370,7 +421,7 @@ const COUNTERS: usize = 8;
 const CONTROL_WORDS: usize = COUNTERS + SMALL_PLACES;
 
 impl Workspace {
-    fn new(gpu: &Gpu) -> Result<Self, CudaError> {
+    fn new(gpu: &Gpu, deadline: Duration) -> Result<Self, CudaError> {
         let mut control = Memory::new("control words");
         gpu.upload(&[0; CONTROL_WORDS], &mut control)?;
         Ok(Self {
@@ -389,6 +440,7 @@ impl Workspace {
             weights: Memory::new("weights"),
             pinned: Pinned::new(),
             calls: 0,
+            deadline,
         })
     }
 
@@ -416,6 +468,7 @@ impl Workspace {
         let rows = tokens as usize * hidden as usize * 2;
         self.calls = self.calls.wrapping_add(1).max(1);
         let control = gpu.address(&self.control);
+        let status = gpu.grow(&mut self.out, STATUS_BYTES + rows)?;
         // Every place may be an expert's only one.
         Ok(Params {
             fc1: layer.fc1,
@@ -424,7 +477,9 @@ impl Workspace {
             x: gpu.grow(&mut self.x, rows)?,
             mid: gpu.grow(&mut self.mid, mid_bytes)?,
             terms: gpu.grow(&mut self.terms, places * hidden as usize * 2)?,
-            out: gpu.grow(&mut self.out, rows)?,
+            out: status + STATUS_BYTES as u64,
+            status,
+            deadline_ns: u64::try_from(self.deadline.as_nanos()).unwrap_or(u64::MAX),
             jobs: gpu.grow(&mut self.jobs, places)?,
             counters: match tactic {
                 CudaTactic::Narrow | CudaTactic::Wide => gpu.grow(&mut self.counters, counts)?,
@@ -500,7 +555,7 @@ impl CudaDevice {
         for position in 0..checkpoint.layers().len() {
             layers.push(load(&gpu, &kernels, checkpoint, position)?);
         }
-        let workspace = Workspace::new(&gpu)?;
+        let workspace = Workspace::new(&gpu, options.deadline)?;
         let shape = HeapShape { ranks: 1, max_tokens: 0, max_pairs: 0, hidden: 0 };
         let heap = ShmHeap::alone(shape).map_err(LoadError::Device)?;
         let group = Group::new(Arc::new(heap), Duration::MAX);
@@ -525,8 +580,14 @@ impl CudaDevice {
         gpu.upload(&assignments.weights, weights)?;
         let launched = kernels.launch(gpu, tactic, &params);
         launched.map_err(|error| CudaError::Driver { call: "cuLaunchKernel", error })?;
-        gpu.fetch(out, rows, pinned)?;
-        call.buffer.write(call.offsets.output, &*gpu.pin(pinned, rows)?);
+        gpu.fetch(out, STATUS_BYTES + rows, pinned)?;
+        let (status, rows) = gpu.pin(pinned, STATUS_BYTES + rows)?.split_at(STATUS_BYTES);
+        // Blocks of tiled calls do not wait for others.
+        let status = status.first_chunk().filter(|_| tactic.tile().is_none());
+        if let Some(awaited) = status.and_then(|word| given_up(u32::from_le_bytes(*word))) {
+            return Err(CudaError::Expired { awaited, ms: workspace.deadline.as_millis() });
+        }
+        call.buffer.write(call.offsets.output, rows);
         Ok(())
     }
 }

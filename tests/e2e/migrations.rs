@@ -1,10 +1,14 @@
 //! Placements that change while calls go on: real workers, real traffic, every answer the same to the bit.
 
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::Duration;
 
 use protocol::client::Engine;
 use protocol::session::{FromControl, FromWorker, LayerStaging, Register};
 use rustix::process::Signal;
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use tests::case::Case;
 use tests::control_process::Control;
@@ -200,6 +204,67 @@ fn what_is_on_its_way_is_given_up() {
     let (_, log) = control.get("/api/v1/audit").unwrap();
     assert_eq!(log["items"][0]["action"], "placements.rollback");
     assert_eq!(log["items"][0]["before"], json!({ "epochs": [[0, 2]] }));
+}
+
+/// A folder with a checkpoint of its own.
+fn copy_of(case: &Path) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in fs::read_dir(case).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();
+    }
+    folder
+}
+
+/// Turns a byte of a weight of an expert round, in place: whoever has mapped the file has it as well.
+fn spoil(folder: &Path, expert: usize) {
+    let path = folder.join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let name = format!(".experts.{expert}.down_proj.weight");
+    let found = tensors.iter().find(|(known, _)| known.ends_with(&name)).unwrap().1;
+    let byte = found.data().as_ptr().addr() - bytes.as_ptr().addr() + found.data().len() / 3;
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[!bytes[byte]], byte as u64).unwrap();
+}
+
+/// A checkpoint that changes under a rank: what it has loaded stays, and what it would load anew is never in force.
+#[test]
+fn weights_that_changed_on_disk_never_come_to_be_in_force() {
+    let control = Control::start().unwrap();
+    let mut group = group(&control);
+    let own = copy_of(&skewed());
+    group.workers[1].signal(Signal::KILL).unwrap();
+    group.workers[1].wait().unwrap();
+    group.workers[1] = group.spawn_with(1, own.path(), &[]).unwrap();
+    group.workers[1].ready().unwrap();
+    let mut traffic = Traffic::new(&group, 2);
+    let first = traffic.until_in_force(&control, 1)["in_force"]["phy2log"].clone();
+    // Rank 0 alone has expert 3, and keeps it; rank 1 gets it, too.
+    spoil(own.path(), 3);
+    let mut slots: Vec<i64> = serde_json::from_value(first.clone()).unwrap();
+    assert!(slots[..9].contains(&3) && !slots[9..].contains(&3), "{slots:?}");
+    let spare = slots[9..].iter().position(|expert| slots[..9].contains(expert)).unwrap();
+    slots[9 + spare] = 3;
+    let import = |slots: &[i64]| {
+        let body = json!({ "format": "deepseek", "text": json!([slots]).to_string() });
+        assert_eq!(control.post("/api/v1/groups/g/import", &body).unwrap().0, 200);
+    };
+    import(&slots);
+    until("a problem", || {
+        traffic.step();
+        Ok(placed(&control)["moving"][1]["problem"].is_string().then_some(()))
+    })
+    .unwrap();
+    let expected = "expert 3 is not the same on rank 1 as on rank 0";
+    assert_says(placed(&control)["moving"][1]["problem"].as_str().unwrap(), &[expected]);
+    (0..5).for_each(|_| traffic.step());
+    assert_eq!(placed(&control)["in_force"]["phy2log"], first);
+    // With the file as it was, the next placement is in force.
+    spoil(own.path(), 3);
+    slots.swap(0, 1);
+    import(&slots);
+    assert_eq!(traffic.until_in_force(&control, 3)["in_force"]["phy2log"], json!(slots));
 }
 
 /// Made-up ranks: one says that an expert is not in its memory what it is in the other's.

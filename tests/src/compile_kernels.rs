@@ -14,8 +14,7 @@ pub(crate) fn run() -> Result<bool> {
     let heads = ["kernel", "registers", "spill bytes", "products"];
     writeln!(out, "{:<28} {:>9} {:>11} {:>10}", heads[0], heads[1], heads[2], heads[3])?;
     for every_lane_arrives in [false, true] {
-        let options =
-            CudaOptions { gpu: 0, cache: PathBuf::new(), every_lane_arrives, tactic: None };
+        let options = CudaOptions { every_lane_arrives, ..CudaOptions::new(0, PathBuf::new()) };
         let kernels = compile_report(&options)?;
         ensure!(!kernels.is_empty(), "the compiler reports no kernel");
         for kernel in kernels {

@@ -56,12 +56,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             *model.with_context(|| format!("{name} is no model of this list"))?;
         let swiglu = Swiglu::default();
         let shape = LayerShape { experts, top_k, hidden, intermediate, swiglu };
-        let cuda = CudaOptions {
-            gpu: options.gpu,
-            cache: default_cache(),
-            every_lane_arrives: false,
-            tactic: options.tactic,
-        };
+        let cuda = CudaOptions::new(options.gpu, default_cache());
+        let cuda = CudaOptions { tactic: options.tactic, ..cuda };
         let mut bench = CudaBench::new(&cuda, shape)?;
         for &tokens in &options.tokens {
             let ids = ids(options.routing.as_deref(), name, tokens, &shape)?;

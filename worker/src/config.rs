@@ -373,7 +373,7 @@ impl DeviceConfig {
             })
         };
         let tactic = self.tactic.as_ref().map(named).transpose()?;
-        Ok(CudaOptions { gpu: self.gpu, cache, every_lane_arrives: false, tactic })
+        Ok(CudaOptions { tactic, ..CudaOptions::new(self.gpu, cache) })
     }
 
     /// The options of the CPU device, on a host that `ranks` ranks share.

@@ -25,6 +25,7 @@ enum Control : u32 {
     ROUTED,     // the call whose jobs are there
     LEFT,       // blocks that look at none of this any more
     TILE_TICKETS,  // of a tiled call: drawn of FC1, of FC2
+    EXPIRED = 7,   // the first wait that a block gave up (stage/wait.cuh), 0 if none did
     COUNTERS = 8,  // of a small call, for each of its jobs: tiles of FC1 that are done
 };
 
@@ -59,6 +60,8 @@ struct Params {
     Spot* spots;             // [tokens * top_k]
     const int* ids;          // [tokens, top_k]
     const float* weights;    // [tokens, top_k]
+    u32* status;             // of a streamed call: what EXPIRED was at its end
+    u64 deadline_ns;         // for which a block waits for others
     u32 tokens;
     u32 top_k;
     u32 hidden;

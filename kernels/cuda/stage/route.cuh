@@ -50,7 +50,7 @@ __device__ inline void route(const Params& p, u32* next) {
         p.pairs[at] = {place / p.top_k, place, p.weights[place], 0};
     }
     __syncthreads();
-    if (threadIdx.x == 0) store_release(&p.control[ROUTED], p.call);
+    if (threadIdx.x == 0 && WITHHELD != ORDER) store_release(&p.control[ROUTED], p.call);
 }
 
 __device__ inline bool is_small(const Params& p) {

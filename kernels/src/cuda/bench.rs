@@ -79,7 +79,7 @@ impl CudaBench {
         let mut clean = Memory::new("what fills the cache");
         gpu.upload(&vec![0; CLEAN_BYTES], &mut clean)?;
         let read_memory = gpu.kernel("read_memory")?;
-        let workspace = Workspace::new(&gpu)?;
+        let workspace = Workspace::new(&gpu, options.deadline)?;
         Ok(Self { gpu, kernels, layer, workspace, clean, read_memory })
     }
 

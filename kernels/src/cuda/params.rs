@@ -52,6 +52,8 @@ pub(super) struct Params {
     pub(super) spots: u64,
     pub(super) ids: u64,
     pub(super) weights: u64,
+    pub(super) status: u64,
+    pub(super) deadline_ns: u64,
     pub(super) tokens: u32,
     pub(super) top_k: u32,
     pub(super) hidden: u32,
@@ -70,5 +72,5 @@ pub(super) struct Params {
 
 // C++ lays these out without padding, in the same order.
 const _: () = assert!(size_of::<Job>() == 16 && size_of::<Pair>() == 16);
-const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 16 * 8 + 14 * 4);
-const _: () = assert!(offset_of!(Params, tokens) == 128 && offset_of!(Params, beta) == 168);
+const _: () = assert!(size_of::<Scalars>() == 16 && size_of::<Params>() == 18 * 8 + 14 * 4);
+const _: () = assert!(offset_of!(Params, tokens) == 144 && offset_of!(Params, beta) == 184);

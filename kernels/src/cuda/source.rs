@@ -6,12 +6,13 @@ use super::{
 };
 
 /// The files in the order in which they are compiled, as one program without headers.
-const FILES: [(&str, &str); 12] = [
+const FILES: [(&str, &str); 13] = [
     ("numeric.cuh", include_str!("../../cuda/numeric.cuh")),
     ("layout/params.cuh", include_str!("../../cuda/layout/params.cuh")),
     ("layout/unit.cuh", include_str!("../../cuda/layout/unit.cuh")),
     ("ptx/async.cuh", include_str!("../../cuda/ptx/async.cuh")),
     ("ptx/wgmma.cuh", include_str!("../../cuda/ptx/wgmma.cuh")),
+    ("stage/wait.cuh", include_str!("../../cuda/stage/wait.cuh")),
     ("stage/quantise.cuh", include_str!("../../cuda/stage/quantise.cuh")),
     ("stage/route.cuh", include_str!("../../cuda/stage/route.cuh")),
     ("stage/combine.cuh", include_str!("../../cuda/stage/combine.cuh")),
@@ -29,6 +30,9 @@ pub(super) fn options(options: &CudaOptions) -> Vec<String> {
         ["--gpu-architecture=sm_90a", "--std=c++17", "--fmad=false"].map(str::to_owned).to_vec();
     if options.every_lane_arrives {
         all.push("--define-macro=EVERY_LANE_ARRIVES".to_owned());
+    }
+    if let Some(withheld) = options.withheld {
+        all.push(format!("--define-macro=WITHHELD={}", withheld as u32));
     }
     let host = [
         ("HOST_THREADS", FUSED_THREADS as usize),
